@@ -1,0 +1,1 @@
+"""Attention and the fused pieces around it: JAX only, no Flax."""

@@ -1,0 +1,1 @@
+"""Networks: frozen configs, Flax linen modules, pure init and apply."""
