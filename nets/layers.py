@@ -1,0 +1,84 @@
+"""The small parts of a Transformer: linear maps, RMSNorm, SwiGLU."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+STD = 0.02  # standard deviation of every freshly drawn kernel and embedding
+
+
+class Linear(nn.Module):
+    """y = x W (+ b), with W [in, out]: computed in `dtype`, kept in `param_dtype`.
+
+    Parameters: kernel [in, out] ~ N(0, std^2) and, with `use_bias`, bias [out] = 0.
+    """
+
+    features: int
+    use_bias: bool = False
+    std: float = STD
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x [..., in] to [..., features]."""
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.normal(self.std), shape, jnp.dtype(self.param_dtype))
+        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.dtype(self.param_dtype))
+            y = y + jnp.broadcast_to(bias.astype(self.dtype), y.shape)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * scale, with float32 statistics (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    The normalised value is rounded to `dtype` before it meets the scale, as Llama and Qwen do.
+    Parameters: scale [features] = 1.
+    """
+
+    eps: float = 1e-6
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise the last axis of x [..., features]."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.dtype(self.param_dtype))
+        wide = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        y = (wide * inverse).astype(self.dtype)
+        return y * jnp.broadcast_to(scale.astype(self.dtype), y.shape)
+
+
+class SwiGLU(nn.Module):
+    """y = (silu(x W_gate) * x W_up) W_down (Shazeer 2020, arXiv:2002.05202), without biases.
+
+    Parameters: gate/kernel and up/kernel [D, ffn], down/kernel [ffn, D] (drawn with `out_std`).
+    """
+
+    ffn: int
+    out_std: float = STD
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x [..., D] to [..., D]."""
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        gate = Linear(self.ffn, **types, name="gate")(x)
+        up = Linear(self.ffn, **types, name="up")(x)
+        return Linear(x.shape[-1], std=self.out_std, **types, name="down")(nn.silu(gate) * up)
+
+
+class Kernel(nn.Module):
+    """A matrix that is stored here and multiplied elsewhere. Parameters: kernel [in, out] ~ N(0, std^2)."""
+
+    shape: tuple[int, int]
+    param_dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        """Return the matrix."""
+        return self.param("kernel", nn.initializers.normal(STD), self.shape, jnp.dtype(self.param_dtype))

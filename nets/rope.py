@@ -1,0 +1,143 @@
+"""Rotary position embedding in the half-split layout, and its context-extension variants."""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True)
+class LinearScaling:
+    """Position interpolation: every angle divided by `factor` (Chen et al. 2023, arXiv:2306.15595)."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class DynamicNTK:
+    """The base grows with the sequence once it is longer than `original_length` (bloc97 2023, "dynamic NTK").
+
+    With n = max(position) + 1, base' = base * (factor * n / original_length - (factor - 1)) ** (d / (d - 2)).
+    Deviation from Hugging Face: n is taken per row, so that a row does not depend on its neighbours in the
+    batch. Keys that stand in a cache keep the angle of the length at which they were written, so past
+    `original_length` a cached decode is not exactly the full forward pass (there, too).
+    """
+
+    factor: float
+    original_length: int
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3.1: long wavelengths divided by `factor`, short ones kept, a linear blend between (2407.21783)."""
+
+    factor: float
+    original_length: int
+    low_frequency: float = 1.0
+    high_frequency: float = 4.0
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN: interpolation per dimension, and cos and sin times `attention_factor` (Peng et al. 2023, 2309.00071).
+
+    Dimensions that turn more than `beta_fast` times over `original_length` keep their frequency, those that turn
+    less than `beta_slow` times are divided by `factor`, with a linear ramp between. `attention_factor=None` is the
+    paper's 0.1 ln(factor) + 1. `truncate` rounds the ramp's ends to whole dimensions, as the released code does.
+    """
+
+    factor: float
+    original_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+
+RopeScaling = LinearScaling | DynamicNTK | Llama3Scaling | Yarn
+
+
+def frequencies(head_dim: int, *, base: float = 10_000.0, scaling: RopeScaling | None = None) -> jax.Array:
+    """Angles per position, f_i = base ** (-2i / d), changed by the scaling.
+
+    Args:
+      head_dim: d, even.
+      base: theta of the paper.
+      scaling: one of the dataclasses of this file, or None. `DynamicNTK` depends on the length of the sequence
+        and leaves them as they are here; `rotation` applies it.
+
+    Returns:
+      [d / 2] float32, in radians per position.
+
+    Raises:
+      ValueError: if `head_dim` is odd.
+
+    Su et al. 2021, "RoFormer", arXiv:2104.09864.
+    """
+    if head_dim % 2:
+        raise ValueError(f"head_dim is {head_dim}, but rotary embedding turns pairs: give an even head_dim")
+    f = base ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    match scaling:
+        case LinearScaling(factor):
+            return f / factor
+        case Llama3Scaling(factor, original_length, low, high):
+            turns = original_length * f / (2 * math.pi)
+            keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+            return keep * f + (1 - keep) * f / factor
+        case Yarn():
+            first, last = (
+                head_dim * math.log(scaling.original_length / (2 * math.pi * beta)) / (2 * math.log(base))
+                for beta in (scaling.beta_fast, scaling.beta_slow)
+            )
+            if scaling.truncate:
+                first, last = math.floor(first), math.ceil(last)
+            first, last = max(first, 0), min(last, head_dim - 1)
+            span = last - first if last > first else 0.001
+            interpolate = jnp.clip((jnp.arange(head_dim // 2, dtype=jnp.float32) - first) / span, 0.0, 1.0)
+            return interpolate * f / scaling.factor + (1 - interpolate) * f
+    return f
+
+
+def rotation(
+    positions: jax.Array, head_dim: int, *, base: float = 10_000.0, scaling: RopeScaling | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of position times frequency, computed in float32 whatever the model's type.
+
+    Args:
+      positions: [B, T] integers; they may restart in packed rows.
+      head_dim, base, scaling: see `frequencies`.
+
+    Returns:
+      (cos, sin), each [B, T, 1, head_dim / 2] float32: the third axis broadcasts over heads.
+    """
+    if positions.ndim != 2:
+        raise ValueError(f"positions have shape {positions.shape}, expected [B, T]: one row per sequence")
+    f = frequencies(head_dim, base=base, scaling=scaling)[None, None, None, :]
+    if isinstance(scaling, DynamicNTK):
+        length = positions.max(axis=1).astype(jnp.float32) + 1
+        stretch = scaling.factor * jnp.maximum(length / scaling.original_length, 1.0) - (scaling.factor - 1)
+        exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / (head_dim - 2)
+        f = f * stretch[:, None, None, None] ** -exponent[None, None, None, :]
+    angle = positions[:, :, None, None].astype(jnp.float32) * f
+    amplitude = 1.0
+    if isinstance(scaling, Yarn):
+        amplitude = scaling.attention_factor
+        if amplitude is None:
+            amplitude = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+    return jnp.cos(angle) * amplitude, jnp.sin(angle) * amplitude
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turn the pairs (x_i, x_{i + d/2}) by their angles: the half-split layout of Llama and Qwen checkpoints.
+
+    Args:
+      x: [B, T, H, d] queries or keys.
+      cos, sin: [B, T, 1, d / 2] from `rotation`.
+
+    Returns:
+      [B, T, H, d] in x's type; the turn itself is float32.
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
