@@ -1,0 +1,14 @@
+"""Attention: one door, a mask algebra, and implementations that agree."""
+
+from jaxrl.kernels.attention.api import attention as attention
+from jaxrl.kernels.attention.masks import BlockDiffusion as BlockDiffusion
+from jaxrl.kernels.attention.masks import Causal as Causal
+from jaxrl.kernels.attention.masks import Chunked as Chunked
+from jaxrl.kernels.attention.masks import Dense as Dense
+from jaxrl.kernels.attention.masks import Full as Full
+from jaxrl.kernels.attention.masks import Mask as Mask
+from jaxrl.kernels.attention.masks import Prefix as Prefix
+from jaxrl.kernels.attention.masks import Segments as Segments
+from jaxrl.kernels.attention.masks import Tree as Tree
+from jaxrl.kernels.attention.masks import Window as Window
+from jaxrl.kernels.attention.masks import dense as dense

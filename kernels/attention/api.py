@@ -1,0 +1,94 @@
+"""The one door to attention."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl.kernels.attention import masks
+from jaxrl.kernels.attention.reference import dense_attention
+
+IMPLEMENTATIONS = ("reference", "xla", "pallas")
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    mask: masks.Mask = masks.Causal(),  # noqa: B008  (immutable)
+    q_offset: int | jax.Array = 0,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    bias: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    implementation: str | None = None,
+    return_lse: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """softmax(scale q k^T) v over the keys that the mask allows.
+
+        s = scale * q k^T;  s = soft_cap * tanh(s / soft_cap);  s = s + bias;  s = -inf where the mask forbids
+        o = sum_k exp(s_k - lse) v_k,   lse = log(sum_k exp(s_k) + exp(sink))
+
+    The bias is added after the soft cap, so that a bias of -inf masks. Softmax and sums are float32 whatever
+    the inputs. A query that sees no key gets zeros, lse about -1e30 (or the sink), and zero gradients.
+
+    Args:
+      q: queries [B, T, H, D].
+      k: keys [B, S, K, D] with H a multiple of K; query head h uses key head h // (H / K).
+      v: values [B, S, K, Dv]; Dv may differ from D.
+      mask: which key each query may see (`Causal`, `Full`, `Window`, `Prefix`, `Segments`, `Chunked`, `Tree`,
+        `BlockDiffusion`, `Dense`, and their `&` and `|`).
+      q_offset: query i stands at row q_offset + i of the mask; int or traced int32 scalar (a KV cache's length).
+      scale: factor on q k^T; default D ** -0.5.
+      soft_cap: bound on the logits (Gemma 2), or None.
+      bias: added to the logits, [B|1, H|1, T|1, S|1], or None. Differentiable.
+      sinks: one logit per head, [H], that takes probability and has no value (gpt-oss), or None. Differentiable.
+      implementation: None picks the best one for platform and shape. "reference": dense, O(T S) memory. "xla":
+        tiles and online softmax, O(T) memory forward and backward. "pallas": TPU kernel (interpreted elsewhere).
+      return_lse: also return the log-sum-exp.
+
+    Returns:
+      o [B, T, H, Dv] in q's dtype; with return_lse, (o, lse [B, T, H] float32). lse includes the sink.
+
+    Raises:
+      ValueError: shapes that do not fit, or a named implementation that does not serve the call.
+    """
+    shape = _check(q, k, v, bias, sinks, soft_cap)
+    if not isinstance(mask, masks.Mask):
+        raise ValueError(
+            f"attention: mask is {type(mask).__name__}, expected a mask such as Causal(); wrap an array as Dense(array)."
+        )
+    mask.check(shape, q_offset)
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"attention: implementation={implementation!r}, expected None or one of {IMPLEMENTATIONS}.")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    allowed = None if isinstance(mask, masks.Full) else masks.dense(mask, shape, q_offset)
+    o, lse = dense_attention(q, k, v, allowed=allowed, scale=scale, soft_cap=soft_cap, bias=bias, sinks=sinks)
+    return (o, jnp.swapaxes(lse, 1, 2)) if return_lse else o
+
+
+def _check(q, k, v, bias, sinks, soft_cap) -> tuple[int, int, int, int]:
+    """(B, H, T, S) of the call, or ValueError."""
+    for name, x, axes in (("q", q, "[B, T, H, D]"), ("k", k, "[B, S, K, D]"), ("v", v, "[B, S, K, Dv]")):
+        if jnp.ndim(x) != 4:
+            raise ValueError(f"attention: {name} has shape {jnp.shape(x)}, expected {axes}.")
+    (b, t, h, d), (kb, s, heads, kd) = q.shape, k.shape
+    if (kb, kd) != (b, d):
+        raise ValueError(f"attention: k has B, D = {kb}, {kd}, but q has B, D = {b}, {d}; they must be equal.")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"attention: v has B, S, K = {v.shape[:3]}, but k has {k.shape[:3]}; they must be equal.")
+    if heads == 0 or h % heads:
+        raise ValueError(f"attention: q has H = {h} heads, expected a multiple of k's K = {heads} heads.")
+    full = (b, h, t, s)
+    if bias is not None and not (
+        jnp.ndim(bias) == 4 and all(n in (1, m) for n, m in zip(bias.shape, full, strict=True))
+    ):
+        raise ValueError(
+            f"attention: bias has shape {jnp.shape(bias)}, expected [B, H, T, S] = {full}, each axis full or 1."
+        )
+    if sinks is not None and jnp.shape(sinks) != (h,):
+        raise ValueError(f"attention: sinks has shape {jnp.shape(sinks)}, expected [H] = ({h},).")
+    if isinstance(soft_cap, int | float) and soft_cap <= 0:
+        raise ValueError(f"attention: soft_cap = {soft_cap}, expected a positive number, or None for no cap.")
+    return full

@@ -1,0 +1,391 @@
+"""Masks as small values: which key may a query see.
+
+A mask is one predicate, `allowed(tile)`, over a rectangle of (query, key) pairs, and one conservative test,
+`live(tile)`, that says whether the rectangle may hold any allowed pair at all. The dense form is the predicate
+on the whole rectangle; blocked kernels ask for one tile at a time and skip those that are not live. The
+formula therefore stands once.
+
+Masks are frozen dataclasses registered as pytrees: arrays inside are leaves (they may be traced, sharded,
+vmapped over), plain integers are static. `a & b` allows what both allow, `a | b` what either allows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Index = int | jax.Array
+
+
+class Rectangle(Protocol):
+    """What a predicate may ask about the pairs it is evaluated on. All values broadcast against each other."""
+
+    q_first: Any  # index of the first and the last query, of the first and the last key
+    q_last: Any
+    k_first: Any
+    k_last: Any
+    k_length: int  # number of keys in the whole mask
+
+    @property
+    def q(self) -> jax.Array: ...  # query indices, as a column
+    @property
+    def k(self) -> jax.Array: ...  # key indices, as a row
+    def of_query(self, values: jax.Array) -> jax.Array: ...  # [B, Q] -> the values of these queries
+    def of_key(self, values: jax.Array) -> jax.Array: ...  # [B, S] -> the values of these keys
+    def of_row(self, values: jax.Array) -> jax.Array: ...  # [B] -> the values of these batch rows
+    def of_pair(self, values: jax.Array) -> jax.Array: ...  # [B|1, H|1, Q, S] -> the values of these pairs
+
+
+class Tile(NamedTuple):
+    """Queries [q_first, q_first + q_size) against keys [k_first, k_first + k_size), as [B|1, H|1, q_size, k_size].
+
+    `row` and `head` pick one batch row and one query head; None keeps them all. Indices past the end of an
+    array read its last element: whoever makes tiles that overhang must mask the tail.
+    """
+
+    q_first: Index
+    q_size: int
+    k_first: Index
+    k_size: int
+    k_length: int
+    row: Index | None = None
+    head: Index | None = None
+
+    @property
+    def q_last(self) -> Index:
+        return self.q_first + (self.q_size - 1)
+
+    @property
+    def k_last(self) -> Index:
+        return self.k_first + (self.k_size - 1)
+
+    @property
+    def q(self) -> jax.Array:
+        return (self.q_first + jnp.arange(self.q_size, dtype=jnp.int32)).reshape(1, 1, -1, 1)
+
+    @property
+    def k(self) -> jax.Array:
+        return (self.k_first + jnp.arange(self.k_size, dtype=jnp.int32)).reshape(1, 1, 1, -1)
+
+    def of_query(self, values: jax.Array) -> jax.Array:
+        return _span(_pick(values, self.row, 0), self.q_first, self.q_size, 1)[:, None, :, None]
+
+    def of_key(self, values: jax.Array) -> jax.Array:
+        return _span(_pick(values, self.row, 0), self.k_first, self.k_size, 1)[:, None, None, :]
+
+    def of_row(self, values: jax.Array) -> jax.Array:
+        return _pick(values, self.row, 0)[:, None, None, None]
+
+    def of_pair(self, values: jax.Array) -> jax.Array:
+        values = _pick(_pick(values, self.row, 0), self.head, 1)
+        return _span(_span(values, self.q_first, self.q_size, 2), self.k_first, self.k_size, 3)
+
+
+def _pick(values: jax.Array, index: Index | None, axis: int) -> jax.Array:
+    if index is None or values.shape[axis] == 1:
+        return values
+    return lax.dynamic_index_in_dim(values, index, axis, keepdims=True)
+
+
+def _span(values: jax.Array, first: Index, size: int, axis: int) -> jax.Array:
+    if isinstance(first, int) and first + size <= values.shape[axis]:
+        return lax.slice_in_dim(values, first, first + size, axis=axis)
+    return jnp.take(values, first + jnp.arange(size), axis=axis, mode="clip")
+
+
+class Mask:
+    """Base of all masks: supplies `&` and `|`. A mask of your own needs `allowed`, `live` and `check`."""
+
+    def allowed(self, tile: Rectangle) -> jax.Array:
+        """Bool for every pair of the tile, broadcastable to it."""
+        raise NotImplementedError
+
+    def live(self, tile: Rectangle) -> Any:
+        """Scalar bool: False only if no pair of the tile is allowed."""
+        raise NotImplementedError
+
+    def check(self, shape: tuple[int, int, int, int], q_offset: Index) -> None:
+        """Raise ValueError if the mask's arrays cannot serve attention of `shape` (B, H, T, S)."""
+
+    def __and__(self, other: Mask) -> And:
+        return And(self, other)
+
+    def __or__(self, other: Mask) -> Or:
+        return Or(self, other)
+
+
+def dense(mask: Mask, shape: tuple[int, int, int, int], q_offset: Index = 0) -> jax.Array:
+    """The mask as an array.
+
+    Args:
+      mask: the mask.
+      shape: (B, H, T, S).
+      q_offset: row of the mask at which query 0 stands; may be traced.
+
+    Returns:
+      bool [B|1, H|1, T|1, S|1]: axes along which the mask is constant may have length 1.
+    """
+    return mask.allowed(Tile(q_offset, shape[2], 0, shape[3], shape[3]))
+
+
+def _static(cls):
+    return jax.tree_util.register_dataclass(
+        dataclasses.dataclass(frozen=True)(cls),
+        data_fields=[],
+        meta_fields=list(cls.__annotations__),
+    )
+
+
+def _arrays(cls):
+    return jax.tree_util.register_dataclass(
+        dataclasses.dataclass(frozen=True, eq=False)(cls),
+        data_fields=list(cls.__annotations__),
+        meta_fields=[],
+    )
+
+
+def _expect(name: str, what: str, shape: tuple[int, ...], expected: tuple[tuple[int, ...], ...], axes: str):
+    """Each entry of `expected` lists the lengths an axis may have; (-n,) means n or more."""
+    fits = len(shape) == len(expected) and all(
+        any(n == e or (e < 0 and n >= -e) for e in es) for n, es in zip(shape, expected, strict=True)
+    )
+    if not fits:
+        lengths = ", ".join(
+            " or ".join(f"at least {-e}" if e < 0 else str(e) for e in dict.fromkeys(es)) for es in expected
+        )
+        raise ValueError(f"{name}: {what} has shape {shape}, expected {axes} = [{lengths}].")
+
+
+def _rows(t: int, q_offset: Index) -> tuple[int, ...]:
+    return (-(q_offset + t if isinstance(q_offset, int) else t),)
+
+
+@_static
+class Full(Mask):
+    """Every query sees every key."""
+
+    def allowed(self, tile):
+        return jnp.ones((1,) * jnp.ndim(tile.q), bool)
+
+    def live(self, tile):
+        return True
+
+
+@_static
+class Causal(Mask):
+    """A query sees itself and what came before: k <= q."""
+
+    def allowed(self, tile):
+        return tile.k <= tile.q
+
+    def live(self, tile):
+        return tile.k_first <= tile.q_last
+
+
+@_static
+class Window(Mask):
+    """A query sees itself and the n - 1 keys before it: 0 <= q - k < n. (Causal already.)"""
+
+    n: int
+
+    def __post_init__(self):
+        _positive("Window", "n", self.n)
+
+    def allowed(self, tile):
+        return (tile.k <= tile.q) & (tile.k > tile.q - self.n)
+
+    def live(self, tile):
+        return (tile.k_first <= tile.q_last) & (tile.k_last > tile.q_first - self.n)
+
+
+@_static
+class Chunked(Mask):
+    """Queries see keys of their own chunk of n: q // n == k // n. Combine with Causal for Llama 4's local layers."""
+
+    n: int
+
+    def __post_init__(self):
+        _positive("Chunked", "n", self.n)
+
+    def allowed(self, tile):
+        return _div(tile.q, self.n) == _div(tile.k, self.n)
+
+    def live(self, tile):
+        n = self.n
+        return (_div(tile.q_first, n) <= _div(tile.k_last, n)) & (_div(tile.k_first, n) <= _div(tile.q_last, n))
+
+
+@_arrays
+class Prefix(Mask):
+    """Every query sees the first lengths[b] keys (lengths int [B]). Prefix-LM is `Causal() | Prefix(lengths)`."""
+
+    lengths: jax.Array
+
+    def allowed(self, tile):
+        return tile.k < tile.of_row(self.lengths)
+
+    def live(self, tile):
+        return tile.k_first < jnp.max(tile.of_row(self.lengths))
+
+    def check(self, shape, q_offset):
+        _expect("Prefix", "lengths", jnp.shape(self.lengths), ((shape[0], 1),), "[B]")
+
+
+@_arrays
+class Segments(Mask):
+    """Queries see keys with the same id: packed documents, padding. q_ids int [B, Q], kv_ids int [B, S] (default q_ids)."""
+
+    q_ids: jax.Array
+    kv_ids: jax.Array | None = None
+
+    def keys(self) -> jax.Array:
+        """The ids of the keys, [B, S]."""
+        return self.q_ids if self.kv_ids is None else self.kv_ids
+
+    def allowed(self, tile):
+        return tile.of_query(self.q_ids) == tile.of_key(self.keys())
+
+    def live(self, tile):
+        q, k = tile.of_query(self.q_ids), tile.of_key(self.keys())
+        return (jnp.min(q) <= jnp.max(k)) & (jnp.min(k) <= jnp.max(q))
+
+    def check(self, shape, q_offset):
+        b, _, t, s = shape
+        _expect("Segments", "q_ids", jnp.shape(self.q_ids), ((b, 1), _rows(t, q_offset)), "[B, q_offset + T]")
+        what = "q_ids, which also serves as kv_ids," if self.kv_ids is None else "kv_ids"
+        _expect("Segments", what, jnp.shape(self.keys()), ((b, 1), (s,)), "[B, S]")
+
+
+@_arrays
+class Tree(Mask):
+    """A key is seen from its own position to the end of its subtree: k <= q < end[k], end int [B, S].
+
+    With the tokens of a tree in depth-first order this one vector expresses causal attention (end = S), packed
+    documents (end of the document), and completions that share a prompt (the prompt's end covers them all).
+    """
+
+    end: jax.Array
+
+    def allowed(self, tile):
+        return (tile.k <= tile.q) & (tile.q < tile.of_key(self.end))
+
+    def live(self, tile):
+        return (tile.k_first <= tile.q_last) & (tile.q_first < jnp.max(tile.of_key(self.end)))
+
+    def check(self, shape, q_offset):
+        _expect("Tree", "end", jnp.shape(self.end), ((shape[0], 1), (shape[3],)), "[B, S]")
+
+
+@_static
+class BlockDiffusion(Mask):
+    """Training mask of block diffusion: the sequence is [x_t ; x_0], 2 L tokens, both halves cut into blocks.
+
+    A noisy token sees its own noisy block and the clean tokens of earlier blocks; a clean token sees the clean
+    tokens of its own and earlier blocks. (Arriola et al. 2025, arXiv:2503.09573.)
+    """
+
+    block: int
+
+    def __post_init__(self):
+        _positive("BlockDiffusion", "block", self.block)
+
+    def allowed(self, tile):
+        half = tile.k_length // 2
+        q_clean, k_clean = tile.q >= half, tile.k >= half
+        q_block = _div(jnp.where(q_clean, tile.q - half, tile.q), self.block)
+        k_block = _div(jnp.where(k_clean, tile.k - half, tile.k), self.block)
+        own_noisy = ~q_clean & ~k_clean & (q_block == k_block)
+        earlier = k_clean & (k_block < q_block)
+        own_clean = q_clean & k_clean & (q_block == k_block)
+        return own_noisy | earlier | own_clean
+
+    def live(self, tile):
+        half = tile.k_length // 2
+        q, k = (tile.q_first, tile.q_last), (tile.k_first, tile.k_last)
+        (q_noisy, qn_first, qn_last), (q_clean, _, qc_last) = self._halves(q, half)
+        (k_noisy, kn_first, kn_last), (k_clean, kc_first, _) = self._halves(k, half)
+        own_noisy = q_noisy & k_noisy & (qn_first <= kn_last) & (kn_first <= qn_last)
+        earlier = q_noisy & k_clean & (kc_first < qn_last)
+        clean = q_clean & k_clean & (kc_first <= qc_last)
+        return own_noisy | earlier | clean
+
+    def _halves(self, span, half):
+        """(any noisy, first noisy block, last noisy block), (the same for clean) of a span of indices."""
+        first, last = span
+        noisy = (first < half, _div(first, self.block), _div(jnp.minimum(last, half - 1), self.block))
+        clean = (last >= half, _div(jnp.maximum(first - half, 0), self.block), _div(last - half, self.block))
+        return noisy, clean
+
+    def check(self, shape, q_offset):
+        if shape[3] % 2:
+            raise ValueError(f"BlockDiffusion: S = {shape[3]} keys, expected an even number: [x_t ; x_0].")
+
+
+@_arrays
+class Dense(Mask):
+    """A mask given as an array: bool [B|1, H|1, Q, S], True where the query sees the key."""
+
+    array: jax.Array
+
+    def allowed(self, tile):
+        return tile.of_pair(self.array)
+
+    def live(self, tile):
+        return jnp.any(tile.of_pair(self.array))
+
+    def check(self, shape, q_offset):
+        b, h, t, s = shape
+        expected = ((b, 1), (h, 1), _rows(t, q_offset), (s,))
+        _expect("Dense", "array", jnp.shape(self.array), expected, "[B, H, q_offset + T, S]")
+        if jnp.result_type(self.array) != bool:
+            raise ValueError(f"Dense: array has dtype {jnp.result_type(self.array)}, expected bool.")
+
+
+@_arrays
+class And(Mask):
+    """What both masks allow."""
+
+    a: Mask
+    b: Mask
+
+    def allowed(self, tile):
+        return self.a.allowed(tile) & self.b.allowed(tile)
+
+    def live(self, tile):
+        return self.a.live(tile) & self.b.live(tile)
+
+    def check(self, shape, q_offset):
+        self.a.check(shape, q_offset)
+        self.b.check(shape, q_offset)
+
+
+@_arrays
+class Or(Mask):
+    """What either mask allows."""
+
+    a: Mask
+    b: Mask
+
+    def allowed(self, tile):
+        return self.a.allowed(tile) | self.b.allowed(tile)
+
+    def live(self, tile):
+        return self.a.live(tile) | self.b.live(tile)
+
+    def check(self, shape, q_offset):
+        self.a.check(shape, q_offset)
+        self.b.check(shape, q_offset)
+
+
+def _div(x: Any, n: int) -> Any:
+    """x // n for x >= 0. (Integer division that truncates: floor division of traced values lowers to more.)"""
+    return x // n if isinstance(x, int) else lax.div(x, jnp.full_like(x, n))
+
+
+def _positive(name: str, field: str, n: int) -> None:
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"{name}: {field} = {n!r}, expected an int of at least 1.")
