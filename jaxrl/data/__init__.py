@@ -1,0 +1,1 @@
+"""Text in, padded arrays out: tokenisers, JSON Lines records, chat templates, splits. NumPy only, no JAX."""
