@@ -9,8 +9,8 @@
 
     config = parse(Config, ["--config", "run.toml", "--learning-rate", "1e-3"], prog="jaxrl train grpo")
 
-Flags are made by tyro, which takes the help from the docstrings of the fields. Derived values are properties of the
-dataclass, never written back.
+Flags are made by tyro, which takes the help from the docstrings of the fields. Derived values are properties
+of the dataclass, never written back.
 """
 
 import dataclasses
@@ -32,31 +32,32 @@ def parse(
     """Fill a config from command-line flags, over a TOML file, over defaults.
 
     config: a frozen dataclass, or an instance whose values are the defaults.
-    argv: flags, `--learning-rate 1e-3` or `--learning_rate=1e-3`, nested as `--model.depth 2`. `--config FILE` reads
-      defaults from a TOML file whose tables are the nested dataclasses.
+    argv: flags, `--learning-rate 1e-3` or `--learning_rate=1e-3`, nested as `--model.depth 2`. `--config
+      FILE` reads defaults from a TOML file whose tables are the nested dataclasses.
 
-    Returns the config. Exits with code 2 and a message on the standard error, without a traceback, if a flag or key
-    is unknown (the nearest names are offered), a value has the wrong type, or the dataclass refuses the values;
-    with code 0 after `--help`.
+    Returns the config. Exits with code 2 and a message on the standard error, without a traceback, if a flag
+    or key is unknown (the nearest names are offered), a value has the wrong type, or the dataclass refuses
+    the values; with code 0 after `--help`.
     """
     import tyro
 
     cls = config if isinstance(config, type) else type(config)
     default = None if isinstance(config, type) else config
-    help_text = f"{description or cls.__doc__ or ''}\n\n--config FILE reads defaults from a TOML file; flags override it."
+    text = description or cls.__doc__ or ""
+    text += "\n\n--config FILE reads defaults from a TOML file; flags override it."
     try:
         file, flags = _take_config_flag(list(argv))
         if file is not None:
             default = _fill(config, read_toml(file), source=str(file), missing=tyro.MISSING)
         given = {} if default is None else {"default": default}
-        return tyro.cli(cls, args=flags, prog=prog, description=help_text, **given)
+        return tyro.cli(cls, args=flags, prog=prog, description=text, **given)
     except (ValueError, OSError) as error:
         print(f"{prog or cls.__name__}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
 def from_toml(config: type[T] | T, path: str | Path) -> T:
-    """Return the config with the values of a TOML file over its defaults. Raises ValueError as `from_json`."""
+    """Return the config with a TOML file's values over its defaults. Raises ValueError as `from_json`."""
     return _fill(config, read_toml(path), source=str(path))
 
 
@@ -68,14 +69,14 @@ def to_json(config: Any) -> dict[str, Any]:
 def from_json(config: type[T] | T, values: dict[str, Any], *, source: str = "config") -> T:
     """Return the config with `values` (a nested dictionary, as `to_json` gives) over its defaults.
 
-    Raises ValueError, naming `source` and the key, for an unknown key (with the nearest name), a value of the wrong
-    type, or a field without default that has no value.
+    Raises ValueError, naming `source` and the key, for an unknown key (with the nearest name), a value of the
+    wrong type, or a field without default that has no value.
     """
     return _fill(config, values, source=source)
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """Return the content of a TOML file. Raises ValueError naming the file and the place of a syntax error."""
+    """Return the content of a TOML file. Raises ValueError naming the file and the place of an error."""
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -101,7 +102,7 @@ def _take_config_flag(argv: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _fill(config: Any, values: dict[str, Any], *, source: str, prefix: str = "", missing: Any = None) -> Any:
-    """Put the values of a nested dictionary over the defaults of a dataclass (or of an instance), checking types."""
+    """Put a nested dictionary's values over a dataclass's defaults (or an instance's), checking types."""
     cls = config if isinstance(config, type) else type(config)
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}

@@ -1,8 +1,9 @@
 """Chat templates: messages -> (token ids, mask of the assistant's tokens).
 
-A template is a function `(messages, tokenizer, *, add_generation_prompt=False) -> (ids, mask)`. `chatml` is built in;
-`jinja(source)` makes one from the `chat_template` of a `tokenizer_config.json`. The mask is exact: texts are
-tokenised piece by piece, as at sampling time, where the prompt is one piece and the model writes the next.
+A template is a function `(messages, tokenizer, *, add_generation_prompt=False) -> (ids, mask)`. `chatml` is
+built in; `jinja(source)` makes one from the `chat_template` of a `tokenizer_config.json`. The mask is exact:
+texts are tokenised piece by piece, as at sampling time, where the prompt is one piece and the model writes
+the next.
 """
 
 from collections.abc import Sequence
@@ -60,12 +61,13 @@ def jinja(source: str, *, bos_token: str = "", eos_token: str = "") -> Template:
 
     source: the `chat_template` of a `tokenizer_config.json`. bos_token, eos_token: texts it may write.
 
-    The assistant's spans are those inside `{% generation %}` tags if the source has them. Otherwise they are found by
-    rendering the conversation up to each assistant turn with and without it; a template that rewrites earlier turns
-    (dropping old reasoning, say) has no exact mask and is refused. A span ends with its EOS if it holds one.
+    The assistant's spans are those inside `{% generation %}` tags if the source has them. Otherwise they are
+    found by rendering the conversation up to each assistant turn with and without it; a template that
+    rewrites earlier turns (dropping old reasoning, say) has no exact mask and is refused. A span ends with
+    its EOS if it holds one.
 
-    Raises ImportError with the command to run if jinja2 is missing; ValueError if the source does not parse. The
-    template raises ValueError if it refuses the messages, or if the spans cannot be found.
+    Raises ImportError with the command to run if jinja2 is missing; ValueError if the source does not parse.
+    The template raises ValueError if it refuses the messages, or if the spans cannot be found.
     """
     render = _renderer(source, bos_token=bos_token, eos_token=eos_token)
 
@@ -132,9 +134,9 @@ def _by_prefix(render: Any, messages: Sequence[Message], text: str) -> list[tupl
         before, after = render(messages[:i], True), render(messages[: i + 1], False)
         if not (text.startswith(after) and after.startswith(before) and written <= len(before) < len(after)):
             raise ValueError(
-                f"message {i}: the chat template writes this assistant turn differently when more follows, or not "
-                "after its own generation prompt, so its tokens cannot be told apart. Use a template with "
-                "{% generation %} tags, or the built-in ChatML, or `prompt` + `completion` records"
+                f"message {i}: the chat template writes this assistant turn differently when more follows, "
+                "or not after its own generation prompt, so its tokens cannot be told apart. Use a template "
+                "with {% generation %} tags, or the built-in ChatML, or `prompt` + `completion` records"
             )
         spans += [(text[written : len(before)], False), (after[len(before) :], True)]
         written = len(after)

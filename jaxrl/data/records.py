@@ -1,8 +1,8 @@
 """Records: JSON Lines with TRL's columns in, padded int32 arrays with explicit lengths and masks out.
 
-Columns: `prompt` + `completion` | `messages` | `text` for supervised tuning, `prompt` + `answer` for verifiable
-rewards. A prompt is a string or a list of chat messages. Further columns are kept as they are; reward functions get
-them by name.
+Columns: `prompt` + `completion` | `messages` | `text` for supervised tuning, `prompt` + `answer` for
+verifiable rewards. A prompt is a string or a list of chat messages. Further columns are kept as they are;
+reward functions get them by name.
 """
 
 import difflib
@@ -20,8 +20,9 @@ Record = dict[str, Any]
 
 
 class Examples(NamedTuple):
-    """Supervised examples: tokens [N, T] int32 right-padded; loss_mask [N, T] bool, true where a token is trained
-    (it is a *target*: the model reads what stands before it); lengths [N] int32, tokens before the padding."""
+    """Supervised examples: tokens [N, T] int32 right-padded; loss_mask [N, T] bool, true where a token is
+    trained (it is a *target*: the model reads what stands before it); lengths [N] int32, tokens before the
+    padding."""
 
     tokens: np.ndarray
     loss_mask: np.ndarray
@@ -33,8 +34,8 @@ def read_jsonl(path: str | Path, *, require: Sequence[str] = ()) -> list[Record]
 
     require: columns that every record must have.
 
-    Raises ValueError naming the file and line if a line is not UTF-8, not JSON or not an object, if a required
-    column is missing (with the columns found and the nearest name), or if the file holds no record.
+    Raises ValueError naming the file and line if a line is not UTF-8, not JSON or not an object, if a
+    required column is missing (with the columns found and the nearest name), or if the file holds no record.
     """
     path = Path(path)
     if not path.is_file():
@@ -125,14 +126,15 @@ def encode_examples(
 ) -> Examples:
     """Tokenise supervised examples; what the model should learn to write is masked in, EOS included.
 
-    `prompt` + `completion`: the completion is trained. `messages`: every assistant turn is trained. `text`: all of
-    it is trained. Each example ends with EOS, and that EOS is trained: a model that never sees it never stops.
+    `prompt` + `completion`: the completion is trained. `messages`: every assistant turn is trained. `text`:
+    all of it is trained. Each example ends with EOS, and that EOS is trained: a model that never sees it
+    never stops.
 
     max_length, pad_to, add_bos, template: as `encode_prompts`; max_length counts EOS.
 
     Returns Examples(tokens [N, T], loss_mask [N, T], lengths [N]).
-    Raises ValueError, naming the record, if its columns are none of these, a prompt or completion is empty, it is
-    too long, or nothing in it is trained.
+    Raises ValueError, naming the record, if its columns are none of these, a prompt or completion is empty,
+    it is too long, or nothing in it is trained.
     """
     rows, masks = [], []
     for i, record in enumerate(records):
@@ -155,7 +157,7 @@ def encode_example(
     add_bos: bool = False,
     template: Template = chatml,
 ) -> tuple[list[int], list[bool]]:
-    """Tokenise one supervised record as `encode_examples` does. Returns (ids, loss mask), both of length T."""
+    """Tokenise one record as `encode_examples` does. Returns (ids, loss mask), two lists of T."""
     if "messages" in record:
         ids, mask = template(record["messages"], tokenizer)
         if any(mask) and ids[_last(mask)] != tokenizer.eos_id:  # a template that does not write EOS itself
@@ -178,13 +180,13 @@ def encode_example(
         )
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"{where}: found columns {sorted(record)}; expected `prompt` and `completion`, or `messages`, or `text`."
-            + hint
+            f"{where}: found columns {sorted(record)}; expected `prompt` and `completion`, or `messages`, or "
+            "`text`." + hint
         )
     if not any(mask[1:]):
         raise ValueError(
-            f"{where} trains on nothing: none of its {len(ids)} tokens is a target. It needs a completion or an "
-            "assistant message with text"
+            f"{where} trains on nothing: none of its {len(ids)} tokens is a target. It needs a completion or "
+            "an assistant message with text"
         )
     return ids, mask
 
@@ -195,9 +197,9 @@ def check_vocabulary(tokens: np.ndarray, vocab_size: int, *, name: str = "tokens
     if len(wrong):
         row, column = wrong[0]
         raise ValueError(
-            f"{name} [N, T] = {list(tokens.shape)} holds id {tokens[row, column]} at row {row}, column {column}; the "
-            f"model's vocabulary is [0, {vocab_size}). Use the tokeniser the model was made with, or a model with a "
-            "larger vocabulary"
+            f"{name} [N, T] = {list(tokens.shape)} holds id {tokens[row, column]} at row {row}, column "
+            f"{column}; the model's vocabulary is [0, {vocab_size}). Use the tokeniser the model was made "
+            "with, or a model with a larger vocabulary"
         )
 
 
@@ -206,7 +208,8 @@ def _parse_line(line: bytes, where: str, *, first: bool) -> Record | None:
         text = line.decode("utf-8-sig" if first else "utf-8").strip()
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{where}: byte 0x{line[error.start]:02x} at byte {error.start + 1} is not UTF-8. Save the file as UTF-8"
+            f"{where}: byte 0x{line[error.start]:02x} at byte {error.start + 1} is not UTF-8. Save the file "
+            "as UTF-8"
         ) from None
     if not text:
         return None
@@ -222,8 +225,8 @@ def _parse_line(line: bytes, where: str, *, first: bool) -> Record | None:
         ) from None
     if not isinstance(record, dict):
         raise ValueError(
-            f"{where}: found {'a list' if isinstance(record, list) else repr(record)}, expected one JSON object per "
-            'line, such as {"prompt": "1+1=", "answer": "2"}'
+            f"{where}: found {'a list' if isinstance(record, list) else repr(record)}, expected one JSON "
+            'object per line, such as {"prompt": "1+1=", "answer": "2"}'
         )
     return record
 
@@ -246,8 +249,8 @@ def _completion(completion: Any, where: str) -> str:
             or completion[0].get("role") != "assistant"
         ):
             raise ValueError(
-                f"{where}: the completion is a list but not of one assistant message: {_excerpt(completion)}. Put "
-                "the whole conversation under `messages`"
+                f"{where}: the completion is a list but not of one assistant message: "
+                f"{_excerpt(completion)}. Put the whole conversation under `messages`"
             )
         completion = completion[0].get("content")
     return _text(completion, "completion", where)
@@ -275,7 +278,8 @@ def _bos(tokenizer: Tokenizer) -> list[int]:
 def _check_length(ids: Sequence[int], max_length: int | None, what: str) -> None:
     if max_length is not None and len(ids) > max_length:
         raise ValueError(
-            f"{what} has {len(ids)} tokens, longer than max_length = {max_length}. Raise the limit or remove the record"
+            f"{what} has {len(ids)} tokens, longer than max_length = {max_length}. Raise the limit or remove "
+            "the record"
         )
 
 

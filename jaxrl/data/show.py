@@ -14,8 +14,8 @@ from jaxrl.data.tokenizer import Tokenizer
 def show(path: str | Path, tokenizer: Tokenizer, index: int = 0, *, template: Template = chatml) -> Text:
     """Return one record of a JSON Lines file, tokenised, with its loss mask and EOS marked.
 
-    Trained tokens are green and EOS stands out; without colours the same is said in words, one line per run of
-    tokens. A record with `prompt` and `answer` shows what the sampler reads and what the reward expects.
+    Trained tokens are green and EOS stands out; without colours the same is said in words, one line per run
+    of tokens. A record with `prompt` and `answer` shows what the sampler reads and what the reward expects.
 
     Raises ValueError if the file has no such record, or as `read_jsonl` and `encode_examples`.
     """

@@ -13,10 +13,10 @@ def split_by_problem(
 ) -> tuple[list[Record], list[Record]]:
     """Split records into training and held-out ones by a hash of the problem's text.
 
-    held_out: a float in (0, 1): each problem is held out with this probability, decided by its own hash alone, so
-      that a data set can be reordered or grow and every problem stays on its side. Or an int: that many distinct
-      problems, those with the smallest hashes; the order does not matter, but new problems can push old ones into
-      training, so keep to a fraction for data that grows.
+    held_out: a float in (0, 1): each problem is held out with this probability, decided by its own hash
+      alone, so that a data set can be reordered or grow and every problem stays on its side. Or an int: that
+      many distinct problems, those with the smallest hashes; the order does not matter, but new problems can
+      push old ones into training, so keep to a fraction for data that grows.
     column: the column that tells problems apart (text or messages). salt: another text gives another split.
 
     Returns (training records, held-out records), each in the given order.
@@ -37,14 +37,15 @@ def split_by_problem(
     kept_back = [record for record, h in zip(records, hashes, strict=True) if h < limit]
     if not training or not kept_back:
         raise ValueError(
-            f"held_out = {held_out!r} of {len(distinct)} distinct problems leaves {len(training)} records for training "
-            f"and {len(kept_back)} held out; both sides need some. Change held_out or add problems"
+            f"held_out = {held_out!r} of {len(distinct)} distinct problems leaves {len(training)} records "
+            f"for training and {len(kept_back)} held out; both sides need some. Change held_out or add "
+            "problems"
         )
     return training, kept_back
 
 
 def problem_hash(problem: Any, *, salt: str = "") -> float:
-    """Return a number in [0, 1) that depends on the problem's text (outer white space apart) and the salt alone."""
+    """Return a number in [0, 1) that depends only on the problem's text (stripped) and the salt."""
     text = problem.strip() if isinstance(problem, str) else json.dumps(problem, sort_keys=True)
     digest = hashlib.sha256(f"{salt}\x00{text}".encode()).digest()
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53

@@ -1,8 +1,8 @@
 """Tokenisers: bytes and characters built in, a Hugging Face `tokenizer.json` through the extra `hf`.
 
-Every tokeniser is a frozen value with the same few members (`Tokenizer`). The ids of BOS, EOS and padding are three
-different ids unless a Hugging Face file says otherwise, and nothing here or later looks for the end of a text by
-comparing ids with the padding id: lengths and masks are carried explicitly.
+Every tokeniser is a frozen value with the same few members (`Tokenizer`). The ids of BOS, EOS and padding are
+three different ids unless a Hugging Face file says otherwise, and nothing here or later looks for the end of
+a text by comparing ids with the padding id: lengths and masks are carried explicitly.
 """
 
 import hashlib
@@ -18,10 +18,10 @@ from typing import Any, Protocol, Self
 class Tokenizer(Protocol):
     """What the rest of the project asks of a tokeniser.
 
-    encode(text) -> ids, without BOS or EOS. `special=False` keeps the text of a special token as plain text, so that
-      a user's message cannot forge one. decode(ids) -> text, special tokens left out. token_id(text) -> the id of one
-      named token, or None. token_text(id) -> one token as a person should see it. to_json() -> a plain dictionary
-      from which `load_tokenizer` builds the same tokeniser again.
+    encode(text) -> ids, without BOS or EOS. `special=False` keeps the text of a special token as plain text,
+      so that a user's message cannot forge one. decode(ids) -> text, special tokens left out. token_id(text)
+      -> the id of one named token, or None. token_text(id) -> one token as a person should see it. to_json()
+      -> a plain dictionary from which `load_tokenizer` builds the same tokeniser again.
     """
 
     @property
@@ -41,7 +41,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class ByteTokenizer:
-    """One token per UTF-8 byte (ids 0 to 255), then BOS, EOS and padding (256, 257, 258). Knows every text."""
+    """One token per UTF-8 byte (ids 0 to 255), then BOS, EOS, padding (256, 257, 258). Knows every text."""
 
     bos_id = 256
     eos_id = 257
@@ -49,7 +49,7 @@ class ByteTokenizer:
     vocab_size = 259
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Return the UTF-8 bytes of `text`. No text can produce BOS, EOS or padding, whatever `special` says."""
+        """Return the UTF-8 bytes of `text`. No text can produce BOS, EOS or padding."""
         return list(text.encode("utf-8"))
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -67,7 +67,7 @@ class ByteTokenizer:
         return special.get(text, encoded[0] if len(encoded) == 1 else None)
 
     def token_text(self, token: int) -> str:
-        """Return the token as a person should see it: `<eos>`, a character, or `<0xE2>` for a byte above ASCII."""
+        """Return the token as a person should see it: `<eos>`, a character, `<0xE2>` above ASCII."""
         check_ids([token], self.vocab_size)
         if token >= 256:
             return ("<bos>", "<eos>", "<pad>")[token - 256]
@@ -127,9 +127,9 @@ class CharTokenizer:
         for position, character in enumerate(text):
             if character not in self._ids:
                 raise ValueError(
-                    f"character {character!r} at position {position} of {_excerpt(text)} is not in the alphabet "
-                    f"{self.alphabet!r}. Add it to the alphabet (a new model), or use the byte tokeniser, which "
-                    "knows every text"
+                    f"character {character!r} at position {position} of {_excerpt(text)} is not in the "
+                    f"alphabet {self.alphabet!r}. Add it to the alphabet (a new model), or use the byte "
+                    "tokeniser, which knows every text"
                 )
         return [self._ids[character] for character in text]
 
@@ -165,14 +165,14 @@ class HuggingFaceTokenizer:
 
     file: path of the `tokenizer.json`, or of the folder that holds it.
     eos_token, pad_token, bos_token: token texts such as "<|im_end|>". What is not given is read from
-      `tokenizer_config.json` beside the file. BOS may be missing; EOS and padding may not: padding is never quietly
-      taken to be EOS. A file or argument that itself makes them equal is followed, with a warning.
+      `tokenizer_config.json` beside the file. BOS may be missing; EOS and padding may not: padding is never
+      quietly taken to be EOS. A file or argument that itself makes them equal is followed, with a warning.
 
-    `encode` adds neither BOS nor EOS. `vocab_size` counts the added tokens too; a checkpoint's embedding may have
-    more rows (padding of the matrix), whose ids decode to nothing.
+    `encode` adds neither BOS nor EOS. `vocab_size` counts the added tokens too; a checkpoint's embedding may
+    have more rows (padding of the matrix), whose ids decode to nothing.
 
-    Raises ValueError if the file is missing, a token is not in the vocabulary, or EOS or padding is not known;
-    ImportError with the command to run if `tokenizers` is not installed.
+    Raises ValueError if the file is missing, a token is not in the vocabulary, or EOS or padding is not
+    known; ImportError with the command to run if `tokenizers` is not installed.
     """
 
     file: str
@@ -193,21 +193,21 @@ class HuggingFaceTokenizer:
             object.__setattr__(self, name, text)
             if text is not None and self.token_id(text) is None:
                 raise ValueError(
-                    f"{name} is {text!r}, which is not in the vocabulary of {path}. Pass {name}= one of its tokens, "
-                    f"for example {self._special_tokens}"
+                    f"{name} is {text!r}, which is not in the vocabulary of {path}. Pass {name}= one of its "
+                    f"tokens, for example {self._special_tokens}"
                 )
         for name, use in (("eos_token", "ends every text"), ("pad_token", "fills short rows")):
             if getattr(self, name) is None:
                 raise ValueError(
-                    f"{path} says nothing about {name} (it {use}), and neither does tokenizer_config.json beside it. "
-                    f"Pass {name}= one of the vocabulary's tokens, for example {self._special_tokens}. Padding should "
-                    "be a token that no text contains, not EOS"
+                    f"{path} says nothing about {name} (it {use}), and neither does tokenizer_config.json "
+                    f"beside it. Pass {name}= one of the vocabulary's tokens, for example "
+                    f"{self._special_tokens}. Padding should be a token that no text contains, not EOS"
                 )
         if self.pad_id == self.eos_id:
             warnings.warn(
-                f"{path}: padding and EOS are the same token {self.eos_token!r}. EOS is still trained, since masks "
-                "come from lengths; but another program that masks by id would never learn to stop. Pass pad_token= "
-                "an unused token to keep them apart",
+                f"{path}: padding and EOS are the same token {self.eos_token!r}. EOS is still trained, since "
+                "masks come from lengths; but another program that masks by id would never learn to stop. "
+                "Pass pad_token= an unused token to keep them apart",
                 stacklevel=3,
             )
 
@@ -243,7 +243,7 @@ class HuggingFaceTokenizer:
         return _tokenizers(self.file, True).token_to_id(text)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Return the ids of `text`. special: whether "<|im_end|>" and its like in the text become one token."""
+        """Return the ids of `text`. special: whether "<|im_end|>" in the text becomes one token."""
         return _tokenizers(self.file, special).encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -256,12 +256,12 @@ class HuggingFaceTokenizer:
         return _tokenizers(self.file, True).token_to_id(text)
 
     def token_text(self, token: int) -> str:
-        """Return the text of one token, special tokens included; `<token 17>` where it has none of its own."""
+        """Return the text of one token, special ones too; `<token 17>` where it has none of its own."""
         text = _tokenizers(self.file, True).decode([token], skip_special_tokens=False)
         return text if text and "\ufffd" not in text else f"<token {token}>"
 
     def to_json(self) -> dict[str, Any]:
-        """Return the path and hash of the file and its three tokens: enough to build it again, or to see a change."""
+        """Return the file's path and hash and the three tokens: enough to rebuild it or see a change."""
         return {
             "kind": "huggingface",
             "file": self.file,
@@ -277,8 +277,8 @@ class HuggingFaceTokenizer:
         tokenizer = cls(spec["file"], spec.get("eos_token"), spec.get("pad_token"), spec.get("bos_token"))
         if "sha256" in spec and spec["sha256"] != _sha256(tokenizer.file):
             raise ValueError(
-                f"{tokenizer.file} is not the file it was when this was saved (sha256 differs): its ids may mean "
-                "other texts. Put the old tokenizer.json back, or edit `file` in the saved description"
+                f"{tokenizer.file} is not the file it was when this was saved (sha256 differs): its ids may "
+                "mean other texts. Put the old tokenizer.json back, or edit `file` in the saved description"
             )
         return tokenizer
 
@@ -286,8 +286,8 @@ class HuggingFaceTokenizer:
 def load_tokenizer(spec: str | dict[str, Any]) -> Tokenizer:
     """Return the tokeniser that `spec` names.
 
-    spec: "byte"; "char:0123456789+=" (the alphabet after the colon); the path of a tokenizer.json or of its folder;
-      or the dictionary that a tokeniser's `to_json` returned.
+    spec: "byte"; "char:0123456789+=" (the alphabet after the colon); the path of a tokenizer.json or of its
+      folder; or the dictionary that a tokeniser's `to_json` returned.
 
     Raises ValueError if it is none of these.
     """
@@ -305,18 +305,19 @@ def load_tokenizer(spec: str | dict[str, Any]) -> Tokenizer:
     if Path(spec).exists():
         return HuggingFaceTokenizer(spec)
     raise ValueError(
-        f'no tokeniser {spec!r}; expected "byte", "char:ALPHABET", or the path of a tokenizer.json or its folder'
+        f'no tokeniser {spec!r}; expected "byte", "char:ALPHABET", or the path of a tokenizer.json or its '
+        "folder"
     )
 
 
 def check_ids(ids: Sequence[int], vocab_size: int | None) -> None:
-    """Raise ValueError naming the first id outside [0, vocab_size) (no upper bound for None) and its position."""
+    """Raise ValueError naming the first id outside [0, vocab_size) (None: no upper bound)."""
     for position, token in enumerate(ids):
         if token < 0 or (vocab_size is not None and token >= vocab_size):
             limit = "at least 0" if vocab_size is None else f"in [0, {vocab_size})"
             raise ValueError(
-                f"token id {int(token)} at position {position} is outside the vocabulary; expected ids {limit}. "
-                "Is this text from another tokeniser, or from a model with a larger vocabulary?"
+                f"token id {int(token)} at position {position} is outside the vocabulary; expected ids "
+                f"{limit}. Is this text from another tokeniser, or from a model with a larger vocabulary?"
             )
 
 
