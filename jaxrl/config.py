@@ -41,17 +41,18 @@ def parse(
     """
     import tyro
 
-    cls = config if isinstance(config, type) else type(config)
-    default = None if isinstance(config, type) else config
-    text = description or cls.__doc__ or ""
-    text += "\n\n--config FILE reads defaults from a TOML file; flags override it."
+    cls: Any = config if isinstance(config, type) else type(config)
+    default: Any = tyro.MISSING_NONPROP if isinstance(config, type) else config
+    text = [
+        description or cls.__doc__ or "",
+        "--config FILE reads defaults from a TOML file; flags override it.",
+    ]
     try:
         file, flags = _take_config_flag(list(argv))
         if file is not None:
             default = _fill(config, read_toml(file), source=str(file), missing=tyro.MISSING)
-        given = {} if default is None else {"default": default}
-        return tyro.cli(cls, args=flags, prog=prog, description=text, **given)
-    except (ValueError, OSError) as error:
+        return tyro.cli(cls, args=flags, prog=prog, description="\n\n".join(text), default=default)
+    except ValueError as error:
         print(f"{prog or cls.__name__}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -79,8 +80,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     """Return the content of a TOML file. Raises ValueError naming the file and the place of an error."""
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"no file {path}; --config takes the path of a TOML file") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror}); expected the path of a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
 
@@ -147,9 +148,12 @@ def _convert(hint: Any, value: Any, *, source: str, key: str, default: Any, miss
     if origin in (tuple, list) and isinstance(value, list):
         items = args[:1] * len(value) if origin is list or args[-1:] == (...,) else args
         if len(items) == len(value):
-            return origin(_convert(h, v, **again) for h, v in zip(items, value, strict=True))
+            keys = (f"{key}[{i}]" for i in range(len(value)))
+            return origin(
+                _convert(*hv, **again | {"key": k}) for k, *hv in zip(keys, items, value, strict=True)
+            )
     if origin is dict and isinstance(value, dict):
-        return {k: _convert(args[1], v, **again) for k, v in value.items()}
+        return {k: _convert(args[1], v, **again | {"key": f"{key}.{k}"}) for k, v in value.items()}
     if origin is typing.Literal and any(value == a and type(value) is type(a) for a in args):
         return value
     if hint is Any or (hint in (None, type(None)) and value is None):

@@ -229,18 +229,22 @@ class HuggingFaceTokenizer:
 
     @property
     def eos_id(self) -> int:
-        return self._id(self.eos_token)
+        return self._ids["eos_token"]
 
     @property
     def pad_id(self) -> int:
-        return self._id(self.pad_token)
+        return self._ids["pad_token"]
 
     @property
     def bos_id(self) -> int | None:
-        return None if self.bos_token is None else self._id(self.bos_token)
+        return self._ids.get("bos_token")
 
-    def _id(self, text: str | None) -> int:
-        return _tokenizers(self.file, True).token_to_id(text)
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        reader = _tokenizers(self.file, True)
+        names = {"eos_token": self.eos_token, "pad_token": self.pad_token, "bos_token": self.bos_token}
+        ids = {name: reader.token_to_id(text) for name, text in names.items() if text is not None}
+        return {name: i for name, i in ids.items() if i is not None}
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Return the ids of `text`. special: whether "<|im_end|>" in the text becomes one token."""
