@@ -320,7 +320,7 @@ def _sum(x, mask, segment_ids):
 
 
 def _mean_with_token_gradient(x, mask, segment_ids):
-    return jax.lax.stop_gradient(_mean(x, mask, segment_ids) - x) + x
+    return jax.lax.stop_gradient(_mean(x, mask, segment_ids)) + (x - jax.lax.stop_gradient(x))
 
 
 LEVELS: dict[str, Callable[..., jax.Array]] = {
@@ -332,8 +332,13 @@ LEVELS: dict[str, Callable[..., jax.Array]] = {
 """Each is f(per-token values [B, T], mask, segment_ids or None) -> [B, T]; see `surrogate`."""
 
 
+def _ratio(log_ratio):
+    """exp, held below float32's largest number: an infinity would turn a clipped (zero) gradient into NaN."""
+    return jnp.exp(jnp.minimum(log_ratio, 80.0))
+
+
 def _clip(log_probs, log_ratio, advantages, *, to_level, clip_low, clip_high, dual_clip, tau):
-    ratio = jnp.exp(to_level(log_ratio))
+    ratio = _ratio(to_level(log_ratio))
     values, diagnostics = clipped_surrogate(
         ratio, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
     )
@@ -341,7 +346,7 @@ def _clip(log_probs, log_ratio, advantages, *, to_level, clip_low, clip_high, du
 
 
 def _cispo(log_probs, log_ratio, advantages, *, to_level, clip_low, clip_high, dual_clip, tau):
-    ratio = jnp.exp(to_level(log_ratio))
+    ratio = _ratio(to_level(log_ratio))
     lowest, highest = clip_bounds(clip_low, clip_high)
     weight = jax.lax.stop_gradient(jnp.clip(ratio, lowest, highest))
     return -weight * advantages * log_probs, {
@@ -352,12 +357,12 @@ def _cispo(log_probs, log_ratio, advantages, *, to_level, clip_low, clip_high, d
 
 
 def _reinforce(log_probs, log_ratio, advantages, *, to_level, clip_low, clip_high, dual_clip, tau):
-    return -advantages * to_level(log_probs), _unclipped(jnp.exp(to_level(log_ratio)))
+    return -advantages * to_level(log_probs), _unclipped(_ratio(to_level(log_ratio)))
 
 
 def _mirror(log_probs, log_ratio, advantages, *, to_level, clip_low, clip_high, dual_clip, tau):
     distance = to_level(log_ratio)
-    return -advantages * to_level(log_probs) + 0.5 * tau * jnp.square(distance), _unclipped(jnp.exp(distance))
+    return -advantages * to_level(log_probs) + 0.5 * tau * jnp.square(distance), _unclipped(_ratio(distance))
 
 
 def _flag(condition):

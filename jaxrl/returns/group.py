@@ -1,10 +1,6 @@
-"""Returns and advantages: every recursion over time and every comparison within a group, in one place.
+"""Advantages by comparison: with the other answers to a prompt, or with the rest of the batch.
 
-Reinforcement learning functions take one stream `[T]` (vmap for more) with the suffixes of RLax: step t leads
-from observation t-1 to observation t, so `v_tm1[i]`, `r_t[i]`, `discount_t[i]` and `v_t[i]` belong to one
-transition. `discount_t` is zero where the episode terminated. `v_t` is the value of the true successor, taken
-before any reset. Group functions take the rewards of the G answers to one prompt along the last axis. All
-results are float32.
+Group functions take the rewards of the G answers to one prompt along the last axis.
 """
 
 import jax
@@ -87,9 +83,9 @@ def _groups(rewards, valid) -> tuple[jax.Array, jax.Array]:
         )
     if rewards.shape[-1] < 2:
         raise ValueError(
-            f"rewards has shape {rewards.shape}: groups (the last axis) of {rewards.shape[-1]} answer(s). An answer "
-            "is judged against the others to the same prompt, which takes at least 2: sample more answers to each "
-            "prompt, or use a value baseline"
+            f"rewards has shape {rewards.shape}: groups (the last axis) of {rewards.shape[-1]} answer(s). "
+            "An answer is judged against the others to the same prompt, which takes at least 2: sample more "
+            "answers to each prompt, or use a value baseline"
         )
     has_reward = ~jnp.isnan(rewards)
     if valid is not None:
@@ -143,8 +139,12 @@ def whiten(
         local = jnp.where(mask, values, 0.0).sum()
         return local if axis_name is None else jax.lax.psum(local, axis_name)
 
+    # Equal elements must give exactly zero, so an element is taken away before the mean is rounded.
+    lowest = jnp.min(jnp.where(mask, x, jnp.inf))
+    lowest = lowest if axis_name is None else jax.lax.pmin(lowest, axis_name)
+    above = jnp.where(mask, x - lowest, 0.0)
     count = total(jnp.ones_like(x))
-    mean = total(x) / jnp.maximum(count, 1.0)
-    variance = total(jnp.square(x - mean)) / jnp.maximum(count - ddof, 1.0)
-    whitened = (x - mean) * jax.lax.rsqrt(variance + eps)
-    return jnp.where(mask, whitened if shift_mean else whitened + mean, 0.0)
+    mean = total(above) / jnp.maximum(count, 1.0)
+    variance = total(jnp.square(above - mean)) / jnp.maximum(count - ddof, 1.0)
+    whitened = (above - mean) * jax.lax.rsqrt(variance + eps)
+    return jnp.where(mask, whitened if shift_mean else whitened + mean + lowest, 0.0)
