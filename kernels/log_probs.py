@@ -46,8 +46,8 @@ def select_log_probs(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, 
 
         log p(y) = x_y - lse(x);   H = lse(x) - sum_v softmax(x)_v x_v
 
-    Computed in float32. Logits of -inf (tokens that a sampler has ruled out) have probability 0 and add nothing
-    to the entropy. Differentiable in both modes.
+    Computed in float32. Logits of -inf (tokens that a sampler has ruled out) have probability 0 and add
+    nothing to the entropy. Differentiable in both modes.
 
     Args:
       logits: [..., V], any float dtype.
@@ -61,7 +61,7 @@ def select_log_probs(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, 
       ValueError: targets that are not integers or do not have the shape of logits without its last axis.
     """
     if not jnp.issubdtype(jnp.result_type(targets), jnp.integer):
-        raise ValueError(f"select_log_probs: targets have dtype {jnp.result_type(targets)}, expected token ids (int).")
+        raise ValueError(f"select_log_probs: targets are {jnp.result_type(targets)}, expected integers.")
     if jnp.ndim(logits) < 1 or jnp.shape(targets) != jnp.shape(logits)[:-1]:
         raise ValueError(
             f"select_log_probs: targets have shape {jnp.shape(targets)}, expected that of logits "
@@ -81,10 +81,11 @@ def token_log_probs(
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities of tokens from hidden states, without ever holding the logits of all of them.
 
-        x = hidden @ unembedding;  x = soft_cap * tanh(x / soft_cap);  x = x / temperature;  then select_log_probs
+        x = hidden @ unembedding;  x = soft_cap * tanh(x / soft_cap);  x = x / temperature
+        then log-probabilities and entropy as in `select_log_probs`
 
-    More than `chunk` tokens are worked on chunk by chunk; the backward pass computes each chunk's logits anew,
-    so that neither pass holds a [B, T, V] array.
+    More than `chunk` tokens are worked on chunk by chunk; the backward pass computes each chunk's logits
+    anew, so that neither pass holds a [B, T, V] array.
 
     Args:
       hidden: [B, T, D], the last hidden states (after the final norm).
@@ -141,6 +142,6 @@ def _check(hidden, unembedding, targets, temperature, soft_cap, chunk):
             "score with the untempered distribution (temperature=1)."
         )
     if isinstance(soft_cap, int | float) and soft_cap <= 0:
-        raise ValueError(f"token_log_probs: soft_cap = {soft_cap}, expected a positive number, or None for no cap.")
+        raise ValueError(f"token_log_probs: soft_cap = {soft_cap}, expected a positive number or None.")
     if chunk is not None and chunk < 1:
         raise ValueError(f"token_log_probs: chunk = {chunk} tokens, expected at least 1.")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from jaxrl.kernels.attention import masks
+from jaxrl.kernels.attention.blocked import blocked_attention
 from jaxrl.kernels.attention.reference import dense_attention
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas")
+DENSE_PAIRS = 512 * 512
 
 
 def attention(
@@ -39,13 +43,15 @@ def attention(
       v: values [B, S, K, Dv]; Dv may differ from D.
       mask: which key each query may see (`Causal`, `Full`, `Window`, `Prefix`, `Segments`, `Chunked`, `Tree`,
         `BlockDiffusion`, `Dense`, and their `&` and `|`).
-      q_offset: query i stands at row q_offset + i of the mask; int or traced int32 scalar (a KV cache's length).
+      q_offset: query i stands at row q_offset + i of the mask; int or traced int32 (a KV cache's length).
       scale: factor on q k^T; default D ** -0.5.
       soft_cap: bound on the logits (Gemma 2), or None.
       bias: added to the logits, [B|1, H|1, T|1, S|1], or None. Differentiable.
-      sinks: one logit per head, [H], that takes probability and has no value (gpt-oss), or None. Differentiable.
-      implementation: None picks the best one for platform and shape. "reference": dense, O(T S) memory. "xla":
-        tiles and online softmax, O(T) memory forward and backward. "pallas": TPU kernel (interpreted elsewhere).
+      sinks: one logit per head, [H], that takes probability and has no value (gpt-oss), or None.
+        Differentiable.
+      implementation: None picks the best one for platform and shape. "reference": dense, O(T S) memory.
+        "xla": tiles and online softmax, O(T) memory forward and backward. "pallas": TPU kernel (interpreted
+        on CPU).
       return_lse: also return the log-sum-exp.
 
     Returns:
@@ -57,15 +63,26 @@ def attention(
     shape = _check(q, k, v, bias, sinks, soft_cap)
     if not isinstance(mask, masks.Mask):
         raise ValueError(
-            f"attention: mask is {type(mask).__name__}, expected a mask such as Causal(); wrap an array as Dense(array)."
+            f"attention: mask is {type(mask).__name__}, expected a mask such as Causal(); "
+            "wrap an array as Dense(array)."
         )
     mask.check(shape, q_offset)
     if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"attention: implementation={implementation!r}, expected None or one of {IMPLEMENTATIONS}.")
+        raise ValueError(f"attention: implementation={implementation!r}, expected None or {IMPLEMENTATIONS}.")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    allowed = None if isinstance(mask, masks.Full) else masks.dense(mask, shape, q_offset)
-    o, lse = dense_attention(q, k, v, allowed=allowed, scale=scale, soft_cap=soft_cap, bias=bias, sinks=sinks)
+    chosen = implementation or _choose(shape, scale, soft_cap)
+    options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap, "bias": bias, "sinks": sinks}
+    if chosen == "reference":
+        allowed = None if isinstance(mask, masks.Full) else masks.dense(mask, shape, q_offset)
+        o, lse = dense_attention(q, k, v, allowed=allowed, **options)
+    else:
+        o, lse = blocked_attention(q, k, v, mask=mask, q_offset=q_offset, **options)
     return (o, jnp.swapaxes(lse, 1, 2)) if return_lse else o
+
+
+def _choose(shape, scale, soft_cap) -> str:
+    _, _, t, s = shape
+    return "reference" if t * s < DENSE_PAIRS else "xla"
 
 
 def _check(q, k, v, bias, sinks, soft_cap) -> tuple[int, int, int, int]:
@@ -75,9 +92,9 @@ def _check(q, k, v, bias, sinks, soft_cap) -> tuple[int, int, int, int]:
             raise ValueError(f"attention: {name} has shape {jnp.shape(x)}, expected {axes}.")
     (b, t, h, d), (kb, s, heads, kd) = q.shape, k.shape
     if (kb, kd) != (b, d):
-        raise ValueError(f"attention: k has B, D = {kb}, {kd}, but q has B, D = {b}, {d}; they must be equal.")
+        raise ValueError(f"attention: k has B, D = {kb}, {kd}, expected q's B, D = {b}, {d}.")
     if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"attention: v has B, S, K = {v.shape[:3]}, but k has {k.shape[:3]}; they must be equal.")
+        raise ValueError(f"attention: v has B, S, K = {v.shape[:3]}, expected k's {k.shape[:3]}.")
     if heads == 0 or h % heads:
         raise ValueError(f"attention: q has H = {h} heads, expected a multiple of k's K = {heads} heads.")
     full = (b, h, t, s)
@@ -85,7 +102,7 @@ def _check(q, k, v, bias, sinks, soft_cap) -> tuple[int, int, int, int]:
         jnp.ndim(bias) == 4 and all(n in (1, m) for n, m in zip(bias.shape, full, strict=True))
     ):
         raise ValueError(
-            f"attention: bias has shape {jnp.shape(bias)}, expected [B, H, T, S] = {full}, each axis full or 1."
+            f"attention: bias has shape {jnp.shape(bias)}, expected [B, H, T, S] = {full}, any axis may be 1."
         )
     if sinks is not None and jnp.shape(sinks) != (h,):
         raise ValueError(f"attention: sinks has shape {jnp.shape(sinks)}, expected [H] = ({h},).")

@@ -1,9 +1,9 @@
 """Masks as small values: which key may a query see.
 
-A mask is one predicate, `allowed(tile)`, over a rectangle of (query, key) pairs, and one conservative test,
-`live(tile)`, that says whether the rectangle may hold any allowed pair at all. The dense form is the predicate
-on the whole rectangle; blocked kernels ask for one tile at a time and skip those that are not live. The
-formula therefore stands once.
+A mask is one predicate, `allowed(tile)`, over a rectangle of (query, key) pairs, and one conservative
+test, `live(tile)`, that says whether the rectangle may hold any allowed pair at all. The dense form is the
+predicate on the whole rectangle; blocked kernels ask for one tile at a time and skip those that are not
+live. The formula therefore stands once.
 
 Masks are frozen dataclasses registered as pytrees: arrays inside are leaves (they may be traced, sharded,
 vmapped over), plain integers are static. `a & b` allows what both allow, `a | b` what either allows.
@@ -22,14 +22,18 @@ Index = int | jax.Array
 
 
 class Rectangle(Protocol):
-    """What a predicate may ask about the pairs it is evaluated on. All values broadcast against each other."""
+    """What a predicate may ask about the pairs it is evaluated on; the values broadcast together."""
 
-    q_first: Any  # index of the first and the last query, of the first and the last key
-    q_last: Any
-    k_first: Any
-    k_last: Any
-    k_length: int  # number of keys in the whole mask
-
+    @property
+    def q_first(self) -> Any: ...  # index of the first query of the rectangle
+    @property
+    def q_last(self) -> Any: ...
+    @property
+    def k_first(self) -> Any: ...
+    @property
+    def k_last(self) -> Any: ...
+    @property
+    def k_length(self) -> int: ...  # number of keys in the whole mask
     @property
     def q(self) -> jax.Array: ...  # query indices, as a column
     @property
@@ -41,7 +45,7 @@ class Rectangle(Protocol):
 
 
 class Tile(NamedTuple):
-    """Queries [q_first, q_first + q_size) against keys [k_first, k_first + k_size), as [B|1, H|1, q_size, k_size].
+    """q_size queries from q_first on against k_size keys from k_first on, as [B|1, H|1, q_size, k_size].
 
     `row` and `head` pick one batch row and one query head; None keeps them all. Indices past the end of an
     array read its last element: whoever makes tiles that overhang must mask the tail.
@@ -132,20 +136,8 @@ def dense(mask: Mask, shape: tuple[int, int, int, int], q_offset: Index = 0) -> 
     return mask.allowed(Tile(q_offset, shape[2], 0, shape[3], shape[3]))
 
 
-def _static(cls):
-    return jax.tree_util.register_dataclass(
-        dataclasses.dataclass(frozen=True)(cls),
-        data_fields=[],
-        meta_fields=list(cls.__annotations__),
-    )
-
-
-def _arrays(cls):
-    return jax.tree_util.register_dataclass(
-        dataclasses.dataclass(frozen=True, eq=False)(cls),
-        data_fields=list(cls.__annotations__),
-        meta_fields=[],
-    )
+def _static() -> Any:
+    return dataclasses.field(metadata={"static": True})
 
 
 def _expect(name: str, what: str, shape: tuple[int, ...], expected: tuple[tuple[int, ...], ...], axes: str):
@@ -164,7 +156,8 @@ def _rows(t: int, q_offset: Index) -> tuple[int, ...]:
     return (-(q_offset + t if isinstance(q_offset, int) else t),)
 
 
-@_static
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Full(Mask):
     """Every query sees every key."""
 
@@ -175,7 +168,8 @@ class Full(Mask):
         return True
 
 
-@_static
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Causal(Mask):
     """A query sees itself and what came before: k <= q."""
 
@@ -186,11 +180,12 @@ class Causal(Mask):
         return tile.k_first <= tile.q_last
 
 
-@_static
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Window(Mask):
     """A query sees itself and the n - 1 keys before it: 0 <= q - k < n. (Causal already.)"""
 
-    n: int
+    n: int = _static()
 
     def __post_init__(self):
         _positive("Window", "n", self.n)
@@ -202,11 +197,12 @@ class Window(Mask):
         return (tile.k_first <= tile.q_last) & (tile.k_last > tile.q_first - self.n)
 
 
-@_static
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Chunked(Mask):
-    """Queries see keys of their own chunk of n: q // n == k // n. Combine with Causal for Llama 4's local layers."""
+    """Queries see keys of their own chunk of n: q // n == k // n. (Llama 4's local layers, with Causal.)"""
 
-    n: int
+    n: int = _static()
 
     def __post_init__(self):
         _positive("Chunked", "n", self.n)
@@ -215,13 +211,15 @@ class Chunked(Mask):
         return _div(tile.q, self.n) == _div(tile.k, self.n)
 
     def live(self, tile):
-        n = self.n
-        return (_div(tile.q_first, n) <= _div(tile.k_last, n)) & (_div(tile.k_first, n) <= _div(tile.q_last, n))
+        q_first, q_last = _div(tile.q_first, self.n), _div(tile.q_last, self.n)
+        k_first, k_last = _div(tile.k_first, self.n), _div(tile.k_last, self.n)
+        return (q_first <= k_last) & (k_first <= q_last)
 
 
-@_arrays
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
 class Prefix(Mask):
-    """Every query sees the first lengths[b] keys (lengths int [B]). Prefix-LM is `Causal() | Prefix(lengths)`."""
+    """Every query sees the first lengths[b] keys, lengths int [B]. (Prefix-LM: `Causal() | Prefix(n)`.)"""
 
     lengths: jax.Array
 
@@ -235,9 +233,13 @@ class Prefix(Mask):
         _expect("Prefix", "lengths", jnp.shape(self.lengths), ((shape[0], 1),), "[B]")
 
 
-@_arrays
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
 class Segments(Mask):
-    """Queries see keys with the same id: packed documents, padding. q_ids int [B, Q], kv_ids int [B, S] (default q_ids)."""
+    """Queries see keys with the same id (packed documents, padding).
+
+    q_ids int [B, Q] are the ids of the mask's rows; kv_ids int [B, S] those of the keys, by default q_ids.
+    """
 
     q_ids: jax.Array
     kv_ids: jax.Array | None = None
@@ -260,12 +262,14 @@ class Segments(Mask):
         _expect("Segments", what, jnp.shape(self.keys()), ((b, 1), (s,)), "[B, S]")
 
 
-@_arrays
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
 class Tree(Mask):
     """A key is seen from its own position to the end of its subtree: k <= q < end[k], end int [B, S].
 
-    With the tokens of a tree in depth-first order this one vector expresses causal attention (end = S), packed
-    documents (end of the document), and completions that share a prompt (the prompt's end covers them all).
+    With the tokens of a tree in depth-first order this one vector expresses causal attention (end = S),
+    packed documents (end of the document), and completions that share a prompt (the prompt's end covers
+    them all).
     """
 
     end: jax.Array
@@ -280,15 +284,16 @@ class Tree(Mask):
         _expect("Tree", "end", jnp.shape(self.end), ((shape[0], 1), (shape[3],)), "[B, S]")
 
 
-@_static
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class BlockDiffusion(Mask):
     """Training mask of block diffusion: the sequence is [x_t ; x_0], 2 L tokens, both halves cut into blocks.
 
-    A noisy token sees its own noisy block and the clean tokens of earlier blocks; a clean token sees the clean
-    tokens of its own and earlier blocks. (Arriola et al. 2025, arXiv:2503.09573.)
+    A noisy token sees its own noisy block and the clean tokens of earlier blocks; a clean token sees the
+    clean tokens of its own and earlier blocks. (Arriola et al. 2025, arXiv:2503.09573.)
     """
 
-    block: int
+    block: int = _static()
 
     def __post_init__(self):
         _positive("BlockDiffusion", "block", self.block)
@@ -325,7 +330,8 @@ class BlockDiffusion(Mask):
             raise ValueError(f"BlockDiffusion: S = {shape[3]} keys, expected an even number: [x_t ; x_0].")
 
 
-@_arrays
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
 class Dense(Mask):
     """A mask given as an array: bool [B|1, H|1, Q, S], True where the query sees the key."""
 
@@ -341,11 +347,12 @@ class Dense(Mask):
         b, h, t, s = shape
         expected = ((b, 1), (h, 1), _rows(t, q_offset), (s,))
         _expect("Dense", "array", jnp.shape(self.array), expected, "[B, H, q_offset + T, S]")
-        if jnp.result_type(self.array) != bool:
+        if jnp.result_type(self.array) != jnp.bool_:
             raise ValueError(f"Dense: array has dtype {jnp.result_type(self.array)}, expected bool.")
 
 
-@_arrays
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
 class And(Mask):
     """What both masks allow."""
 
@@ -363,7 +370,8 @@ class And(Mask):
         self.b.check(shape, q_offset)
 
 
-@_arrays
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
 class Or(Mask):
     """What either mask allows."""
 
@@ -382,7 +390,7 @@ class Or(Mask):
 
 
 def _div(x: Any, n: int) -> Any:
-    """x // n for x >= 0. (Integer division that truncates: floor division of traced values lowers to more.)"""
+    """x // n for x >= 0. (`lax.div` truncates; floor division of traced values lowers to more.)"""
     return x // n if isinstance(x, int) else lax.div(x, jnp.full_like(x, n))
 
 

@@ -1,0 +1,257 @@
+"""Attention by tiles with an online softmax, in plain XLA: O(T) memory forward and backward.
+
+One head at a time, one block of queries against one block of keys at a time. The forward pass keeps a running
+maximum m, sum l and weighted values acc per query; the backward pass computes each tile's weights anew from
+the saved log-sum-exp. Tiles that the mask declares dead are skipped.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxrl.kernels.attention import masks
+from jaxrl.kernels.attention.reference import MASKED, SEEN
+
+BLOCK = 512  # fastest of 128, 256, 512, 1024 on CPU for head sizes 64 and 128
+
+
+class Settings(NamedTuple):
+    """What is static about a call."""
+
+    scale: float
+    soft_cap: float | None
+    block_q: int
+    block_k: int
+
+
+def blocked_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    mask: masks.Mask,
+    q_offset: int | jax.Array = 0,
+    scale: float,
+    soft_cap: float | None = None,
+    bias: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    block_q: int = BLOCK,
+    block_k: int = BLOCK,
+) -> tuple[jax.Array, jax.Array]:
+    """`dense_attention` with O(T) memory (and that of the bias, where one is given).
+
+    (Rabe and Staats 2021, arXiv:2112.05682; Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691.)
+
+    Args:
+      q: [B, T, H, D]. k: [B, S, K, D]. v: [B, S, K, Dv].
+      mask, q_offset, scale, soft_cap, bias, sinks: as in `attention`; scale and soft_cap are Python numbers.
+      block_q, block_k: upper bounds on the tile's sides.
+
+    Returns:
+      o [B, T, H, Dv] in the dtype of q, and lse [B, H, T] in float32.
+
+    Raises:
+      ValueError: scale or soft_cap traced.
+    """
+    for name, value in (("scale", scale), ("soft_cap", soft_cap)):
+        if not isinstance(value, int | float | None):
+            raise ValueError(
+                f'attention: implementation="xla" needs {name} as a Python number, got {type(value).__name__}; '
+                f'multiply q by it yourself, or use implementation="reference".'
+            )
+    settings = Settings(scale, soft_cap, _block(q.shape[1], block_q), _block(k.shape[1], block_k))
+    return _attention(settings, q, k, v, bias, sinks, mask, jnp.asarray(q_offset, jnp.int32))
+
+
+def _block(length: int, limit: int) -> int:
+    """The side of equal blocks that cover `length` with little overhang: at most `limit`, a multiple of 8."""
+    count = -(-length // limit)
+    return -(-length // (count * 8)) * 8
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(settings, q, k, v, bias, sinks, mask, q_offset):
+    return _forward(settings, q, k, v, bias, sinks, mask, q_offset)[0]
+
+
+def _forward(settings, q, k, v, bias, sinks, mask, q_offset):
+    b, t, h, d = q.shape
+    s, heads = k.shape[1], k.shape[2]
+    bq, bk = settings.block_q, settings.block_k
+    nq, nk = -(-t // bq), -(-s // bk)
+    acc = jnp.promote_types(q.dtype, jnp.float32)
+    qh, kh, vh = _by_head(q, nq * bq), _by_head(k, nk * bk), _by_head(v, nk * bk)
+    bias_tiles = _pad_bias(bias, t, s, nq * bq, nk * bk)
+
+    def one_head(n):
+        row, head = n // h, n % h
+        kv = row * heads + head // (h // heads)
+
+        def one_block(i):
+            qi = _slice(qh, n, i, bq).astype(acc)
+
+            def step(j, carry):
+                tile = _tile(i, j, settings, row, head, q_offset, s)
+
+                def visit(carry):
+                    m, l, o = carry
+                    logits, _ = _logits(settings, qi, _slice(kh, kv, j, bk).astype(acc), tile, mask, bias_tiles, i)
+                    m_new = jnp.maximum(m, jnp.max(logits, axis=-1))
+                    safe = jnp.where(m_new < SEEN, 0.0, m_new)
+                    p = jnp.exp(logits - safe[:, None])
+                    decay = jnp.exp(m - safe)
+                    o = o * decay[:, None] + p @ _slice(vh, kv, j, bk).astype(acc)
+                    return m_new, l * decay + jnp.sum(p, axis=-1), o
+
+                return lax.cond(mask.live(tile), visit, lambda carry: carry, carry)
+
+            m = jnp.full((bq,), MASKED, acc)
+            m, l, o = lax.fori_loop(0, nk, step, (m, jnp.zeros_like(m), jnp.zeros((bq, v.shape[-1]), acc)))
+            if sinks is not None:
+                sink = sinks[head].astype(acc)
+                top = jnp.maximum(m, sink)
+                o, l, m = o * jnp.exp(m - top)[:, None], l * jnp.exp(m - top) + jnp.exp(sink - top), top
+            seen = l > 0
+            l = jnp.where(seen, l, 1.0)
+            return (o / l[:, None]).astype(q.dtype), jnp.where(seen, m + jnp.log(l), MASKED)
+
+        o, lse = lax.map(one_block, jnp.arange(nq))
+        return o.reshape(nq * bq, -1)[:t], lse.reshape(nq * bq)[:t]
+
+    o, lse = lax.map(one_head, jnp.arange(b * h))
+    o = jnp.swapaxes(o.reshape(b, h, t, -1), 1, 2)
+    lse = lse.reshape(b, h, t)
+    return (o, lse), (q, k, v, bias, sinks, mask, q_offset, o, lse)
+
+
+def _backward(settings, residuals, cotangents):
+    """With delta = rowsum(do * o):  p = exp(s - lse);  dv = p^T do;  ds = p (do v^T - delta + dlse);
+    dq = scale ds k;  dk = scale ds^T q;  dsink = sum exp(sink - lse) (dlse - delta).
+    """
+    q, k, v, bias, sinks, mask, q_offset, o, lse = residuals
+    do, dlse = cotangents
+    b, t, h, d = q.shape
+    s, heads = k.shape[1], k.shape[2]
+    group = h // heads
+    bq, bk = settings.block_q, settings.block_k
+    nq, nk = -(-t // bq), -(-s // bk)
+    acc = lse.dtype
+    qh, kh, vh = _by_head(q, nq * bq), _by_head(k, nk * bk), _by_head(v, nk * bk)
+    doh = _by_head(do, nq * bq)
+    delta = jnp.einsum("bthd,bthd->bht", do.astype(acc), o.astype(acc)) - dlse
+    pad = ((0, 0), (0, nq * bq - t))
+    delta_h = jnp.pad(delta.reshape(b * h, t), pad)
+    lse_h = jnp.pad(jnp.where(lse < SEEN, 0.0, lse).reshape(b * h, t), pad)
+    bias_tiles = _pad_bias(bias, t, s, nq * bq, nk * bk)
+
+    def one_group(dbias, n):  # one key head and the query heads that share it
+        row = n // heads
+
+        def one_block(carry, j):
+            kj, vj = _slice(kh, n, j, bk).astype(acc), _slice(vh, n, j, bk).astype(acc)
+
+            def step(gi, carry):
+                g, i = gi // nq, gi % nq
+                head = (n % heads) * group + g
+                tile = _tile(i, j, settings, row, head, q_offset, s)
+
+                def visit(carry):
+                    dq, dbias, dk, dv = carry
+                    m = row * h + head
+                    qi, doi = _slice(qh, m, i, bq).astype(acc), _slice(doh, m, i, bq).astype(acc)
+                    logits, slope = _logits(settings, qi, kj, tile, mask, bias_tiles, i)
+                    p = jnp.exp(logits - _slice(lse_h, m, i, bq)[:, None])
+                    ds = p * (doi @ vj.T - _slice(delta_h, m, i, bq)[:, None])
+                    if bias is not None:
+                        dbias = _add_to_bias(dbias, ds, tile, i * bq)
+                    ds = ds * (settings.scale * slope)
+                    at = (g, i * bq, 0)
+                    dqi = lax.dynamic_slice(dq, at, (1, bq, d)) + (ds @ kj)[None]
+                    return lax.dynamic_update_slice(dq, dqi, at), dbias, dk + ds.T @ qi, dv + p.T @ doi
+
+                return lax.cond(mask.live(tile), visit, lambda carry: carry, carry)
+
+            zeros = jnp.zeros_like(kj), jnp.zeros_like(vj)
+            dq, dbias, dk, dv = lax.fori_loop(0, group * nq, step, (*carry, *zeros))
+            return (dq, dbias), (dk.astype(k.dtype), dv.astype(v.dtype))
+
+        dq = jnp.zeros((group, nq * bq, d), acc)
+        (dq, dbias), (dk, dv) = lax.scan(one_block, (dq, dbias), jnp.arange(nk))
+        return dbias, (dq[:, :t].astype(q.dtype), dk.reshape(nk * bk, -1)[:s], dv.reshape(nk * bk, -1)[:s])
+
+    dbias = None if bias is None else jnp.zeros(bias_tiles.shape, acc)
+    dbias, (dq, dk, dv) = lax.scan(one_group, dbias, jnp.arange(b * heads))
+    dq = jnp.swapaxes(dq.reshape(b, h, t, d), 1, 2)
+    dk = jnp.swapaxes(dk.reshape(b, heads, s, d), 1, 2)
+    dv = jnp.swapaxes(dv.reshape(b, heads, s, -1), 1, 2)
+    if bias is not None:
+        dbias = lax.slice(dbias, (0, 0, 0, 0), bias.shape).astype(bias.dtype)
+    dsinks = None
+    if sinks is not None:
+        weight = jnp.exp(sinks.astype(acc)[None, :, None] - lse)
+        dsinks = -jnp.sum(weight * delta, axis=(0, 2)).astype(sinks.dtype)
+    return dq, dk, dv, dbias, dsinks, None, None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _logits(settings, q, k, tile, mask, bias, i) -> tuple[jax.Array, Any]:
+    """The masked logits of one tile [bq, bk], and the slope of the soft cap (1.0 without)."""
+    logits, slope = (q * settings.scale) @ k.T, 1.0
+    if settings.soft_cap is not None:
+        bent = jnp.tanh(logits / settings.soft_cap)
+        logits, slope = settings.soft_cap * bent, 1.0 - bent * bent
+    if bias is not None:
+        logits = logits + lax.dynamic_slice(bias, *_bias_window(bias, tile, i * tile.q_size))[0, 0]
+    allowed = mask.allowed(tile)[0, 0]
+    if tile.k_length % tile.k_size:
+        allowed = allowed & (tile.k < tile.k_length)[0, 0]
+    return jnp.where(allowed, logits, MASKED), slope
+
+
+def _tile(i, j, settings, row, head, q_offset, s) -> masks.Tile:
+    bq, bk = settings.block_q, settings.block_k
+    return masks.Tile(q_offset + i * bq, bq, j * bk, bk, s, row, head)
+
+
+def _by_head(x: jax.Array, length: int) -> jax.Array:
+    """[B, T, H, D] -> [B * H, length, D], zeros at the end."""
+    b, t, h, d = x.shape
+    return jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, length - t), (0, 0))).reshape(b * h, length, d)
+
+
+def _slice(x: jax.Array, n, i, size: int) -> jax.Array:
+    """x[n, i * size : (i + 1) * size]."""
+    start, sizes = (n, i * size) + (0,) * (x.ndim - 2), (1, size) + x.shape[2:]
+    return lax.dynamic_slice(x, start, sizes)[0]
+
+
+def _pad_bias(bias, t: int, s: int, t_padded: int, s_padded: int):
+    if bias is None:
+        return None
+    pad_t, pad_s = (0 if n == 1 else p for n, p in zip(bias.shape[2:], (t_padded - t, s_padded - s), strict=True))
+    return jnp.pad(bias, ((0, 0), (0, 0), (0, pad_t), (0, pad_s)))
+
+
+def _bias_window(bias, tile, q_first) -> tuple[tuple, tuple[int, ...]]:
+    """Start and sizes of the tile's part of the bias; broadcast axes keep length 1."""
+    full = (tile.row, tile.head, q_first, tile.k_first)
+    sizes = (1, 1, tile.q_size, tile.k_size)
+    wide = [n > 1 for n in bias.shape]
+    return (
+        tuple(f if w else 0 for f, w in zip(full, wide, strict=True)),
+        tuple(n if w else 1 for n, w in zip(sizes, wide, strict=True)),
+    )
+
+
+def _add_to_bias(dbias, ds, tile, q_first):
+    start, sizes = _bias_window(dbias, tile, q_first)
+    summed = tuple(axis for axis, n in enumerate(sizes[2:]) if n == 1)
+    ds = jnp.sum(ds, axis=summed, keepdims=True)[None, None]
+    return lax.dynamic_update_slice(dbias, lax.dynamic_slice(dbias, start, sizes) + ds, start)
