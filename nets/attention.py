@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from jaxrl.kernels.attention import Window, attention
 from jaxrl.nets.layers import STD, Linear, RMSNorm
@@ -11,7 +12,7 @@ from jaxrl.nets.rope import rotate
 
 
 class Slot(NamedTuple):
-    """Where one layer finds its keys and values: the whole cache [L, B, S, K, Dh], its row, the first free column."""
+    """Where one layer finds its keys and values: the whole cache [L, B, K, S, Dh], its row, the first free column."""
 
     k: jax.Array
     v: jax.Array
@@ -21,11 +22,22 @@ class Slot(NamedTuple):
 
 def store(slot: Slot, k: jax.Array, v: jax.Array) -> Slot:
     """Write k and v [B, T, K, Dh] at columns [length, length + T) of the slot's layer, in place under jit."""
-    start = (slot.layer, 0, slot.length, 0, 0)
-    return slot._replace(
-        k=jax.lax.dynamic_update_slice(slot.k, k[None].astype(slot.k.dtype), start),
-        v=jax.lax.dynamic_update_slice(slot.v, v[None].astype(slot.v.dtype), start),
-    )
+    start = (slot.layer, 0, 0, slot.length, 0)
+
+    def write(cache, x):
+        return jax.lax.dynamic_update_slice(cache, jnp.swapaxes(x, 1, 2)[None].astype(cache.dtype), start)
+
+    return slot._replace(k=write(slot.k, k), v=write(slot.v, v))
+
+
+def load(slot: Slot, dtype: str) -> tuple[jax.Array, jax.Array]:
+    """All columns of the slot's layer, as keys and values [B, S, K, Dh]."""
+
+    def read(cache):
+        layer = jax.lax.dynamic_index_in_dim(cache, slot.layer, keepdims=False)
+        return jnp.swapaxes(layer, 1, 2).astype(dtype)
+
+    return read(slot.k), read(slot.v)
 
 
 class Attention(nn.Module):
@@ -77,8 +89,7 @@ class Attention(nn.Module):
         offset = 0
         if slot is not None:
             slot = store(slot, k, v)
-            k, v = (jax.lax.dynamic_index_in_dim(a, slot.layer, keepdims=False) for a in (slot.k, slot.v))
-            k, v, offset = k.astype(self.dtype), v.astype(self.dtype), slot.length
+            (k, v), offset = load(slot, self.dtype), slot.length
 
         def attend(mask):
             return attention(q, k, v, mask=mask, q_offset=offset, implementation=self.implementation)

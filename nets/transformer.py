@@ -75,7 +75,7 @@ class TransformerConfig:
 class Cache(NamedTuple):
     """Keys and values of the columns written so far; all rows share the column cursor.
 
-    k, v: [L, B, S, K, Dh]; length: int32 scalar, columns written. Batches of unequal prompts are padded on the left,
+    k, v: [L, B, K, S, Dh]; length: int32 scalar, columns written. Batches of unequal prompts are padded on the left,
     and the caller's mask hides the padding (`Segments`).
     """
 
@@ -95,7 +95,7 @@ def init_cache(config: TransformerConfig, batch: int, length: int) -> Cache:
             f"a cache of {length} columns was asked for, but the config's max_length is {config.max_length}: "
             "generate fewer tokens, or raise max_length"
         )
-    shape = (config.layers, batch, length, config.kv_heads, config.head_size)
+    shape = (config.layers, batch, config.kv_heads, length, config.head_size)
     return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype), jnp.int32(0))
 
 
@@ -191,16 +191,16 @@ def check(config: TransformerConfig, tokens: jax.Array, positions: jax.Array | N
         if t > config.max_length:
             raise ValueError(f"{t} tokens are longer than the config's max_length {config.max_length}: shorten or raise it")
         return 0
-    want = (config.layers, b, cache.k.shape[2], config.kv_heads, config.head_size)
+    want = (config.layers, b, config.kv_heads, cache.k.shape[3], config.head_size)
     if cache.k.shape != want or cache.v.shape != want:
         raise ValueError(
-            f"the cache has keys {cache.k.shape} and values {cache.v.shape}, expected [L, B, S, K, Dh] = {want} for these "
+            f"the cache has keys {cache.k.shape} and values {cache.v.shape}, expected [L, B, K, S, Dh] = {want} for these "
             "tokens and this config: make it with init_cache(batch, length) of the same model"
         )
     written = 0 if isinstance(cache.length, jax.core.Tracer) else int(cache.length)
-    if written + t > want[2]:
+    if written + t > want[3]:
         raise ValueError(
-            f"{t} new tokens after {written} do not fit into a cache of {want[2]} columns: shorten the prompts, or make "
+            f"{t} new tokens after {written} do not fit into a cache of {want[3]} columns: shorten the prompts, or make "
             f"the cache at least {written + t} columns long"
         )
     return cache.length
