@@ -124,7 +124,10 @@ def _fill(config: Any, values: dict[str, Any], *, source: str, prefix: str = "",
                     f"{source}: no value for {prefix + name!r} of {cls.__name__}, which has no default"
                 )
             filled[name] = missing
-    return cls(**filled)
+    try:
+        return cls(**filled)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
 
 
 def _convert(hint: Any, value: Any, *, source: str, key: str, default: Any, missing: Any) -> Any:
