@@ -32,6 +32,22 @@ Reduction = Callable[..., Weighted]
 """(values [B, T], mask [B, T], *, segment_ids=None) -> Weighted."""
 
 
+def elements(values: jax.Array, mask: jax.Array | None = None) -> Weighted:
+    """Mean over elements of any shape: pairs [N], steps [T], streams [B, T].
+
+    Args:
+      values: [...].
+      mask: [...], true where an element counts (values elsewhere are never read), or None for all.
+
+    Returns:
+      total = sum of unmasked values, weight = their number.
+    """
+    same_shape("[...]", values=values, mask=mask)
+    values = jnp.asarray(values, jnp.float32)
+    counted = jnp.ones_like(values, bool) if mask is None else jnp.asarray(mask, bool)
+    return Weighted(jnp.where(counted, values, 0.0).sum(), counted.sum(dtype=jnp.float32))
+
+
 def tokens(values: jax.Array, mask: jax.Array, *, segment_ids: jax.Array | None = None) -> Weighted:
     """Mean over tokens: long sequences count for more (DAPO, Yu et al. 2025, arXiv 2503.14476; SFT).
 
@@ -44,8 +60,7 @@ def tokens(values: jax.Array, mask: jax.Array, *, segment_ids: jax.Array | None 
       total = sum of unmasked values, weight = number of unmasked tokens. An empty row adds nothing to either.
     """
     same_shape("[B, T]", values=values, mask=mask, segment_ids=segment_ids)
-    total = sequence_sums(values, mask).sum()
-    return Weighted(total, jnp.asarray(mask, bool).sum(dtype=jnp.float32))
+    return elements(values, mask)
 
 
 def sequences(

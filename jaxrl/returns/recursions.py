@@ -157,7 +157,7 @@ def gae(
 
 
 def streams(**given) -> tuple[jax.Array, ...]:
-    """The streams in float32, with single numbers repeated to [T]; raises ValueError unless all have one
+    """The streams in float32, single numbers repeated to [T]; raises ValueError unless all have one
     length."""
     (first, standard), *rest = given.items()
     if jnp.ndim(standard) != 1 or jnp.shape(standard)[0] == 0:
@@ -168,7 +168,7 @@ def streams(**given) -> tuple[jax.Array, ...]:
     for name, stream in rest:
         if jnp.shape(stream) not in ((), jnp.shape(standard)):
             raise ValueError(
-                f"{name} has shape {jnp.shape(stream)} but {first} has shape {jnp.shape(standard)}, expected [T] "
-                "for both: one entry to a transition"
+                f"{name} has shape {jnp.shape(stream)} but {first} has shape {jnp.shape(standard)}, "
+                "expected [T] for both: one entry to a transition"
             )
     return tuple(jnp.broadcast_to(jnp.asarray(x, jnp.float32), jnp.shape(standard)) for x in given.values())
