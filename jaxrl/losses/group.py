@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxrl import returns
 from jaxrl.losses import kl as kl_estimators
 from jaxrl.losses.checks import choice, same_shape
-from jaxrl.losses.policy import clip_bounds, clipped_surrogate
+from jaxrl.losses.policy import clip_bounds, clipped_surrogate, importance_ratio
 from jaxrl.losses.segments import sequence_sums, spread
 
 Diagnostics = dict[str, jax.Array]
@@ -67,20 +67,19 @@ PRESETS: dict[str, Variant] = {
     # Shao et al. 2024, DeepSeekMath, arXiv 2402.03300. Its k3 term has the forward KL's gradient; "k3_ratio"
     # (DeepSeek-V3.2, TRL's default) has the reverse KL's.
     "grpo": Variant(kl_coef=0.04),
-    # Liu et al. 2025, Understanding R1-Zero-like training, arXiv 2503.20783: no std, one divisor for all
-    # lengths.
+    # Liu et al. 2025, Understanding R1-Zero-like training, arXiv 2503.20783: no std, one divisor.
     "dr_grpo": Variant(scale="none", reduction="constant"),
-    # Yu et al. 2025, DAPO, arXiv 2503.14476: clip-higher and the mean over tokens. Its sampling and its
-    # overlong # penalty are no part of the loss.
+    # Yu et al. 2025, DAPO, arXiv 2503.14476: clip-higher and the mean over tokens. Its dynamic
+    # sampling and its overlong penalty are no part of the loss.
     "dapo": Variant(clip_high=0.28, reduction="tokens"),
     # Zheng et al. 2025, GSPO, arXiv 2507.18071: a ratio per sequence, so the clip is much closer.
     "gspo": Variant(level="sequence", clip_low=3e-4, clip_high=4e-4),
     # The same value, with the gradient of each token weighted by the token's own advantage.
     "gspo_token": Variant(level="sequence_token", clip_low=3e-4, clip_high=4e-4),
     # MiniMax 2025, MiniMax-M1, arXiv 2506.13585: the clip bounds a constant weight, so no token loses its
-    # gradient. # Upper bound only; the paper does not print it: weights up to 5, as ScaleRL (Khatri et al.
-    # 2025, arXiv 2510.13786). # clip_high is a distance from 1, as in the paper and verl (TRL: the bound
-    # itself).
+    # gradient. There is an upper bound only, which the paper does not print: weights up to 5, as in ScaleRL
+    # (Khatri et al. 2025, arXiv 2510.13786). clip_high is a distance from 1, as in the paper and in verl; for
+    # TRL it is the bound itself.
     "cispo": Variant(form="cispo", clip_low=None, clip_high=4.0, reduction="tokens"),
     # Ahmadian et al. 2024, Back to basics, arXiv 2402.14740: REINFORCE on whole sequences, KL in the reward.
     "rloo": Variant(
@@ -105,8 +104,7 @@ PRESETS: dict[str, Variant] = {
     # The same paper's version for groups: the group's mean is the baseline, the KL is a loss with k2.
     "reinforce_pp_baseline": Variant(scale="none", whiten=True, kl="k2", kl_coef=0.01, reduction="tokens"),
     # Kimi Team 2025, Kimi k1.5, arXiv 2501.12599, section 2.3. tau is not published. The reference is the
-    # policy at # the start of the iteration, given as old_log_probs; the paper resets the optimizer every
-    # iteration.
+    # policy at the start of the iteration, given as old_log_probs. The paper resets the optimizer with it.
     "kimi": Variant(scale="none", level="sequence_sum", form="mirror"),
 }
 
@@ -180,10 +178,14 @@ def advantages(
 
 
 def score_at_last(scores: jax.Array, mask: jax.Array) -> jax.Array:
-    """Rewards per token that are zero but for the score on the last unmasked token: [B], [B, T] -> [B, T]
-    float32.
+    """Rewards per token: the score on the last unmasked token, zero elsewhere.
 
-    A row without unmasked tokens has no place for its score, which is dropped.
+    Args:
+      scores: [B].
+      mask: [B, T].
+
+    Returns:
+      [B, T] float32. A row without unmasked tokens has no place for its score, which is dropped.
     """
     same_shape("[B]", scores=scores, rows_of_mask=mask[:, 0])
     mask = jnp.asarray(mask, bool)
@@ -250,8 +252,7 @@ def surrogate(
         token           x_t
         sequence        sum_t x_t / n, the same for all of its tokens (GSPO)
         sequence_token  the value of `sequence`, the gradient of x_t (GSPO-token)
-        sequence_sum    sum_t x_t, the same for all of its tokens (RLOO, Kimi k1.5, and the ratio of the R1
-        report)
+        sequence_sum    sum_t x_t, the same for all of its tokens (RLOO, Kimi k1.5, the R1 report's ratio)
 
     Sequence levels put the sequence's loss on each of its tokens: reduce them with `reduce.sequences`.
 
@@ -264,8 +265,7 @@ def surrogate(
       clip_low, clip_high, dual_clip: see `policy.clipped_surrogate`.
       tau: see "mirror".
       log_ratio_clamp: bound on the token's log-ratio, beyond which its gradient is zero (verl, Tunix,
-        OpenRLHF: 20).
-        None, as in the papers and TRL: no bound.
+        OpenRLHF: 20). None, as in the papers and TRL: no bound.
       segment_ids: [B, T] or None: several sequences packed into a row; then advantages must be [B, T].
 
     Returns:
@@ -332,13 +332,8 @@ LEVELS: dict[str, Callable[..., jax.Array]] = {
 """Each is f(per-token values [B, T], mask, segment_ids or None) -> [B, T]; see `surrogate`."""
 
 
-def _ratio(log_ratio):
-    """exp, held below float32's largest number: an infinity would turn a clipped (zero) gradient into NaN."""
-    return jnp.exp(jnp.minimum(log_ratio, 80.0))
-
-
 def _clip(log_probs, log_ratio, advantages, *, to_level, clip_low, clip_high, dual_clip, tau):
-    ratio = _ratio(to_level(log_ratio))
+    ratio = importance_ratio(to_level(log_ratio))
     values, diagnostics = clipped_surrogate(
         ratio, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
     )
@@ -346,7 +341,7 @@ def _clip(log_probs, log_ratio, advantages, *, to_level, clip_low, clip_high, du
 
 
 def _cispo(log_probs, log_ratio, advantages, *, to_level, clip_low, clip_high, dual_clip, tau):
-    ratio = _ratio(to_level(log_ratio))
+    ratio = importance_ratio(to_level(log_ratio))
     lowest, highest = clip_bounds(clip_low, clip_high)
     weight = jax.lax.stop_gradient(jnp.clip(ratio, lowest, highest))
     return -weight * advantages * log_probs, {
@@ -357,12 +352,14 @@ def _cispo(log_probs, log_ratio, advantages, *, to_level, clip_low, clip_high, d
 
 
 def _reinforce(log_probs, log_ratio, advantages, *, to_level, clip_low, clip_high, dual_clip, tau):
-    return -advantages * to_level(log_probs), _unclipped(_ratio(to_level(log_ratio)))
+    return -advantages * to_level(log_probs), _unclipped(importance_ratio(to_level(log_ratio)))
 
 
 def _mirror(log_probs, log_ratio, advantages, *, to_level, clip_low, clip_high, dual_clip, tau):
     distance = to_level(log_ratio)
-    return -advantages * to_level(log_probs) + 0.5 * tau * jnp.square(distance), _unclipped(_ratio(distance))
+    return -advantages * to_level(log_probs) + 0.5 * tau * jnp.square(distance), _unclipped(
+        importance_ratio(distance)
+    )
 
 
 def _flag(condition):

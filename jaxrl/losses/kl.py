@@ -1,8 +1,8 @@
-"""Estimators of KL(pi || ref) from the log-probs of sampled actions or tokens (Schulman 2020, "Approximating
-KL").
+"""Estimators of KL(pi || ref) from the log-probs of sampled actions or tokens.
 
-With x sampled from pi and d = log pi(x) - log ref(x). What an estimator is worth as a number and what it is
-worth as a loss, differentiated with the samples held fixed, are two questions:
+Schulman 2020, "Approximating KL divergence". With x sampled from pi and d = log pi(x) - log ref(x). What an
+estimator is worth as a number, and what it is worth as a loss, differentiated with the samples held fixed,
+are two questions:
 
     name      value          as a number   as a loss, its gradient is on average that of
     k1        d              unbiased      nothing at all: the gradient is zero on average
@@ -34,16 +34,16 @@ def k1(
     old_log_probs: jax.Array | None = None,
     clamp: float | None = None,
 ) -> jax.Array:
-    """d: unbiased, high variance, may be negative. Its gradient, grad log pi, is zero on average: use it in
-    rewards.
+    """d: unbiased, of high variance, sometimes negative; for rewards, not for losses.
+
+    As a loss its gradient is grad log pi, which is zero on average, whatever the reference.
 
     Args:
       log_probs: [...] log pi(x) of the sampled x.
       ref_log_probs: [...] log ref(x); no gradient flows into it.
       old_log_probs: not used; accepted so that all estimators are called alike.
       clamp: bound on |d|, beyond which the gradient is zero (verl, Tunix: 20; OpenRLHF: 10). None, as in the
-        papers
-        and in TRL: no bound.
+        papers and in TRL: no bound.
 
     Returns:
       [...] float32.
@@ -58,8 +58,10 @@ def k2(
     old_log_probs: jax.Array | None = None,
     clamp: float | None = None,
 ) -> jax.Array:
-    """d^2 / 2: biased, never negative. Its gradient, d grad log pi, is the reverse KL's on average. See
-    `k1`."""
+    """d^2 / 2: biased, never negative; as a loss it has the reverse KL's gradient, d grad log pi.
+
+    Arguments as `k1`.
+    """
     return 0.5 * jnp.square(_log_ratio(log_probs, ref_log_probs, clamp))
 
 
@@ -70,10 +72,10 @@ def k3(
     old_log_probs: jax.Array | None = None,
     clamp: float | None = None,
 ) -> jax.Array:
-    """exp(-d) - 1 + d: unbiased, never negative. Its gradient, (1 - exp(-d)) grad log pi, is the forward
-    KL's.
+    """exp(-d) - 1 + d: unbiased, never negative; as a loss it has the forward KL's gradient.
 
-    The KL term of GRPO (Shao et al. 2024, arXiv 2402.03300). Arguments as `k1`.
+    That gradient is (1 - exp(-d)) grad log pi. The KL term of GRPO (Shao et al. 2024, arXiv 2402.03300).
+    Arguments as `k1`.
     """
     d = _log_ratio(log_probs, ref_log_probs, clamp)
     return jnp.expm1(-d) + d

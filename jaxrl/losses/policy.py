@@ -21,8 +21,7 @@ def clipped_surrogate(
     clip_high: float | None = 0.2,
     dual_clip: float | None = None,
 ) -> tuple[jax.Array, Diagnostics]:
-    """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A): the one clipped surrogate of PPO and the GRPO
-    family.
+    """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), for PPO and the GRPO family alike.
 
     Schulman et al. 2017 (PPO, arXiv 1707.06347); clip_high > clip_low is DAPO's clip-higher (Yu et al. 2025,
     arXiv 2503.14476). With A > 0 the gradient is exactly zero where r > 1 + clip_high, with A < 0 where
@@ -68,6 +67,15 @@ def clip_bounds(clip_low: float | None, clip_high: float | None) -> tuple[float,
     )
 
 
+def importance_ratio(log_ratio: jax.Array) -> jax.Array:
+    """exp(log_ratio), held below float32's largest number: [...] -> [...].
+
+    An infinite ratio would turn the zero gradient of a clipped element into NaN. Above e^80 the gradient is
+    zero.
+    """
+    return jnp.exp(jnp.minimum(log_ratio, 80.0))
+
+
 def policy_gradient(log_probs: jax.Array, advantages: jax.Array) -> jax.Array:
     """-A log pi(a): the actor's loss of A2C, and of every actor-critic whose A is a TD error.
 
@@ -111,8 +119,8 @@ def ppo_clip(
 ) -> tuple[jax.Array, Diagnostics]:
     """PPO's clipped loss from log-probs: `clipped_surrogate` with r = exp(log_probs - old_log_probs).
 
-    At r = 1 its gradient is that of `policy_gradient`. clip_low = clip_high = None gives TRPO's surrogate -r
-    A.
+    At r = 1 its gradient is that of `policy_gradient`. clip_low = clip_high = None gives the surrogate
+    of TRPO, -r A.
 
     Args:
       log_probs, old_log_probs: [...] of the actions taken, now and when they were taken (a constant).
@@ -125,7 +133,7 @@ def ppo_clip(
     """
     same_shape("[...]", log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
     old = jax.lax.stop_gradient(jnp.asarray(old_log_probs, jnp.float32))
-    ratio = jnp.exp(jnp.asarray(log_probs, jnp.float32) - old)
+    ratio = importance_ratio(jnp.asarray(log_probs, jnp.float32) - old)
     values, diagnostics = clipped_surrogate(
         ratio, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
     )
@@ -202,6 +210,5 @@ def entropy_from_log_probs(log_probs: jax.Array) -> jax.Array:
 
 
 def entropy_from_logits(logits: jax.Array) -> jax.Array:
-    """Entropy in nats of softmax(logits), in float32: [..., A] -> [...]. Logits of -inf mark impossible
-    actions."""
+    """Entropy in nats of softmax(logits): [..., A] -> [...] float32. -inf marks impossible actions."""
     return entropy_from_log_probs(jax.nn.log_softmax(jnp.asarray(logits, jnp.float32), axis=-1))

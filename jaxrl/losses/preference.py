@@ -3,9 +3,9 @@
 Every method scores both responses of a pair, takes the margin between the scores, and hands margin and scores
 to a link function. A training step is three calls:
 
-    chosen, chosen_lengths = sequence_log_probs(log_probs, mask)                        # the same for the
-    other three values, diagnostics = loss(chosen, rejected, ref_chosen, ref_rejected, variant=PRESETS["dpo"])
-    total, weight = reduce.elements(values)                                             # add up, divide once
+    chosen, chosen_lengths = sequence_log_probs(log_probs, mask)              # and so the other three
+    values, diagnostics = loss(chosen, rejected, ref_chosen, ref_rejected, variant=PRESETS["dpo"])
+    total, weight = reduce.elements(values)                                   # add up, divide once
 
 KTO, whose examples come without partners, stands apart (`kto`). N pairs; `log_probs` of whole responses are
 *sums* over their tokens, of the response only.
@@ -333,8 +333,7 @@ def kto(
 
 
 def kto_reference_point(log_ratios: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """z = max(0, mean log pi / ref) over responses paired with prompts they do not belong to: KTO's estimate
-    of the KL.
+    """KTO's estimate of the KL: max(0, mean log pi / ref) over responses to prompts not their own.
 
     Args:
       log_ratios: [M] of the mismatched responses.

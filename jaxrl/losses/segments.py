@@ -28,8 +28,7 @@ def sequence_sums(values: jax.Array, mask: jax.Array, *, segment_ids: jax.Array 
 
 
 def spread(sums: jax.Array, *, length: int, segment_ids: jax.Array | None = None) -> jax.Array:
-    """Hands every token the number of its sequence: [B, 1] or [B, T] from `sequence_sums` to [B, T =
-    length]."""
+    """Hands every token the sum of its sequence: what `sequence_sums` returned, to [B, T = length]."""
     if segment_ids is None:
         return jnp.broadcast_to(sums, (sums.shape[0], length))
     return jnp.take_along_axis(sums, _runs(segment_ids), axis=1)

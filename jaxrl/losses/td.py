@@ -178,10 +178,9 @@ def squared(errors: jax.Array) -> jax.Array:
 
 
 def huber(errors: jax.Array, *, delta: float = 1.0) -> jax.Array:
-    """Half the square up to |error| = delta, straight beyond: delta (|error| - delta / 2). Gradient
-    clip(error, +-delta).
+    """Half the square up to |error| = delta, then straight: delta (|error| - delta / 2).
 
-    Huber 1964. [...] -> [...] float32. `optax.losses.huber_loss` of a single argument.
+    Huber 1964. [...] -> [...] float32. Its gradient is clip(error, -delta, delta).
     """
     magnitude = jnp.abs(jnp.asarray(errors, jnp.float32))
     inside = jnp.minimum(magnitude, delta)
@@ -204,7 +203,7 @@ def _chosen(q, a):
     """q[a] along the last axis: [..., A], [...] -> [...]."""
     if jnp.shape(q)[:-1] != jnp.shape(a) or jnp.ndim(q) == 0:
         raise ValueError(
-            f"action values have shape {jnp.shape(q)} and actions {jnp.shape(a)}, expected [..., A] and [...]: one "
-            "action to each row of values"
+            f"action values have shape {jnp.shape(q)} and actions {jnp.shape(a)}, expected [..., A] and [...]: "
+            "one action to each row of values"
         )
     return jnp.take_along_axis(jnp.asarray(q, jnp.float32), jnp.asarray(a)[..., None], axis=-1)[..., 0]

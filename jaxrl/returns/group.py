@@ -55,8 +55,9 @@ def group_relative(
 
 
 def leave_one_out(rewards: jax.Array, *, valid: jax.Array | None = None) -> jax.Array:
-    """Advantage over the mean of the *other* answers: A_i = R_i - mean_{j != i} R_j = n / (n - 1) (R_i - mean
-    R).
+    """Advantage over the mean of the *other* answers: A_i = R_i - mean_{j != i} R_j.
+
+    This is n / (n - 1) (R_i - mean R) with n valid answers.
 
     Kool et al. 2019; RLOO, Ahmadian et al. 2024, arXiv 2402.14740. An unbiased baseline.
 
@@ -96,8 +97,7 @@ def _groups(rewards, valid) -> tuple[jax.Array, jax.Array]:
 
 
 def _centred(rewards, valid):
-    """rewards - mean along the last axis, exactly zero for equal rewards: the smallest is taken away
-    first."""
+    """rewards - mean over the last axis. The smallest is taken away first: equal rewards are exactly zero."""
     lowest = jnp.min(jnp.where(valid, rewards, jnp.inf), axis=-1, keepdims=True)
     above = jnp.where(valid, rewards - jnp.where(jnp.isinf(lowest), 0.0, lowest), 0.0)
     mean = above.sum(axis=-1, keepdims=True) / jnp.maximum(valid.sum(axis=-1, keepdims=True), 1)

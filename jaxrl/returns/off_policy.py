@@ -9,8 +9,7 @@ from jaxrl.returns.recursions import discounted_scan, streams
 
 
 class VTrace(NamedTuple):
-    """errors [T] = targets - v_tm1; advantages [T] for the policy gradient; q_estimates [T] = r + d (target
-    at t)."""
+    """errors [T] = targets - v_tm1, advantages [T] for the policy gradient, q_estimates [T] behind them."""
 
     errors: jax.Array
     advantages: jax.Array

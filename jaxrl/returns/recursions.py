@@ -157,8 +157,7 @@ def gae(
 
 
 def streams(**given) -> tuple[jax.Array, ...]:
-    """The streams in float32, single numbers repeated to [T]; raises ValueError unless all have one
-    length."""
+    """The streams in float32, single numbers repeated; raises ValueError unless all have one length."""
     (first, standard), *rest = given.items()
     if jnp.ndim(standard) != 1 or jnp.shape(standard)[0] == 0:
         raise ValueError(
