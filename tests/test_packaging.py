@@ -96,14 +96,16 @@ def test_importing_jaxrl_is_light():
 
 @pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is in the extra `test`")
 def test_transformers_imports_beside_our_folders():
-    """The repository root is on the path here, so that `import kernels` would find our folder."""
+    """With the repository root on the path, its search for the package `kernels` finds our folder."""
     code = (
         "import transformers\n"
         "from transformers import AutoTokenizer, PreTrainedTokenizerFast\n"
-        "import transformers.integrations.hub_kernels as hub\n"
-        "print(transformers.__version__, hub._kernels_available)"
+        "from transformers.utils.import_utils import is_kernels_available\n"
+        "import importlib.util\n"
+        "print(transformers.__version__, is_kernels_available(), importlib.util.find_spec('kernels').origin)"
     )
-    version, available = run(sys.executable, "-c", code, cwd=ROOT).split()
+    version, available, found = run(sys.executable, "-c", code, cwd=ROOT).split()
+    assert Path(found) == ROOT / "kernels" / "__init__.py", "the test must search where our folder stands"
     assert int(version.split(".")[0]) >= 5
     assert available == "False", "transformers took our kernels/ folder for the package `kernels`"
 
