@@ -1,0 +1,114 @@
+"""Logits and gradients against torch, through the values that tests/golden/make_transformers.py stored."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl.nets.language_model import language_model, logits
+from jaxrl.nets.weights import from_checkpoint, from_hugging_face, to_checkpoint
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = {
+    "llama": ["plain", "linear", "dynamic", "llama3", "yarn", "padded"],
+    "qwen2": ["plain", "window"],
+    "qwen3": ["plain"],
+    "mistral": ["window"],
+}
+
+
+def load(file, case):
+    """(config, params, arrays of the case)."""
+    with np.load(GOLDEN / f"{file}.npz") as arrays:
+        weights = {k.removeprefix("weight/"): arrays[k] for k in arrays if k.startswith("weight/")}
+        stored = {k.removeprefix(f"{case}/"): arrays[k] for k in arrays if k.startswith(f"{case}/")}
+    published = json.loads(str(stored["config"]))
+    config = from_hugging_face(published, max_length=64)
+    return config, from_checkpoint(config, weights), stored
+
+
+def forward(config, params, stored):
+    """float32 logits [B, T, V] of a case; rows with padding hide it from the real tokens."""
+    from jaxrl.kernels.attention import Causal, Segments
+
+    model = language_model(config)
+    positions, real = jnp.asarray(stored["positions"]), jnp.asarray(stored["real"])
+    mask = Causal() & Segments(real)
+    hidden, _ = model.apply(params, jnp.asarray(stored["ids"]), positions=positions, mask=mask)
+    return logits(hidden, model.unembedding(params))
+
+
+@pytest.mark.parametrize(("file", "case"), [(f, c) for f, cases in CASES.items() for c in cases])
+def test_logits_equal_those_of_torch(file, case):
+    config, params, stored = load(file, case)
+    got = np.asarray(jax.jit(forward, static_argnums=0)(config, params, arrays(stored)))
+    real = stored["real"].astype(bool)
+    np.testing.assert_allclose(got[real], stored["logits"][real], atol=1e-5, rtol=1e-5)
+
+
+def arrays(stored):
+    return {k: stored[k] for k in ("ids", "positions", "real")}
+
+
+def test_rope_variants_are_told_apart():
+    """The golden cases can fail: every variant gives other logits than plain rope on the same ids."""
+    plain = load("llama", "plain")[2]
+    for case in ("linear", "dynamic"):
+        assert np.abs(load("llama", case)[2]["logits"] - plain["logits"]).max() > 1e-2
+    config, params, stored = load("llama", "llama3")
+    for case in ("llama3", "yarn"):
+        stored = load("llama", case)[2]
+        got = np.asarray(forward(load("llama", "plain")[0], params, arrays(stored)))
+        assert np.abs(stored["logits"] - got).max() > 1e-2
+
+
+def test_loss_and_gradients_equal_those_of_torch():
+    config, params, stored = load("qwen3", "plain")
+
+    def loss(params):
+        scores = forward(config, params, arrays(stored))[:, :-1]
+        picked = jnp.take_along_axis(jax.nn.log_softmax(scores), jnp.asarray(stored["ids"])[:, 1:, None], axis=-1)
+        return -picked.mean()
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    np.testing.assert_allclose(value, stored["loss"], rtol=1e-5)
+    ours = to_checkpoint(config, gradient)
+    theirs = {k.removeprefix("grad/"): v for k, v in stored.items() if k.startswith("grad/")}
+    assert ours.keys() == theirs.keys()
+    for name, want in theirs.items():
+        np.testing.assert_allclose(ours[name], want, rtol=1e-4, atol=1e-4 * np.abs(want).max(), err_msg=name)
+
+
+def test_checkpoint_round_trip_is_exact():
+    config, params, _ = load("qwen2", "window")
+    again = from_checkpoint(config, to_checkpoint(config, params))
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+    assert config.window_layers == (1,) and config.qkv_bias and config.tie_embeddings
+
+
+def test_a_checkpoint_that_does_not_fit_names_every_problem():
+    config, params, _ = load("llama", "plain")
+    tensors = to_checkpoint(config, params)
+    del tensors["model.norm.weight"]
+    tensors["extra"] = np.zeros(3)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].T
+    with pytest.raises(ValueError) as error:
+        from_checkpoint(config, tensors)
+    for part in ("missing model.norm.weight", "unused extra", "lm_head.weight has shape (32, 64)"):
+        assert part in str(error.value)
+
+
+def test_unsupported_published_configs_are_refused():
+    _, _, stored = load("llama", "plain")
+    published = json.loads(str(stored["config"]))
+    with pytest.raises(ValueError, match="model_type is 'gpt2'"):
+        from_hugging_face(published | {"model_type": "gpt2"})
+    with pytest.raises(ValueError, match="hidden_act"):
+        from_hugging_face(published | {"hidden_act": "gelu"})
+    with pytest.raises(ValueError, match="rope type is 'longrope'"):
+        from_hugging_face(published | {"rope_parameters": {"rope_type": "longrope"}})
+    with pytest.raises(ValueError, match="attention_bias"):
+        from_hugging_face(published | {"attention_bias": True})
