@@ -15,6 +15,7 @@ class Model:
     width: int = 64
     """Width of the residual stream."""
     activation: Literal["relu", "silu"] = "silu"
+    groups: Literal[1, 2] = 1
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,7 @@ def test_toml_over_an_instance_keeps_what_it_does_not_name(toml):
         ('weights = {a = "x"}', "'weights.a' is 'x' (str), expected float"),
         ("model = 3", "'model' is 3 (int), expected Model"),
         ('[model]\nactivation = "rleu"', "expected one of ['relu', 'silu'] (did you mean 'relu'?)"),
+        ("model.groups = true", "'model.groups' is True (bool), expected one of [1, 2]"),
         ("[teacher]\nwidth = 1.5", "'teacher.width' is 1.5 (float), expected int"),
         ("[teacher]\nwidht = 1", "unknown key 'teacher.widht' for Model; did you mean 'teacher.width'?"),
         ("data = 3", "'data' is 3 (int), expected"),
@@ -191,7 +193,7 @@ def test_json_round_trip_is_exact_and_leaves_out_properties():
     config = Config(0.1, data=Path("x"), stop=("a",), weights={"a": float("inf")}, teacher=Model(3))
     values = json.loads(json.dumps(to_json(config)))
     assert from_json(Config, values) == config and "warm_up" not in values
-    assert values["model"] == {"width": 64, "activation": "silu"} and values["data"] == "x"
+    assert values["model"] == {"width": 64, "activation": "silu", "groups": 1} and values["data"] == "x"
 
 
 def test_json_faults_name_their_source():

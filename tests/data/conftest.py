@@ -2,7 +2,7 @@ import json
 
 import pytest
 from tokenizers import Tokenizer as Reader
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 
 @pytest.fixture
@@ -15,6 +15,9 @@ def folder(tmp_path):
     reader.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     reader.decoder = decoders.ByteLevel()
     reader.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"])
+    reader.post_processor = processors.TemplateProcessing(
+        "$A <|im_end|>", special_tokens=[("<|im_end|>", 259)]
+    )
     reader.save(str(tmp_path / "tokenizer.json"))
     tokens = {"eos_token": "<|im_end|>", "pad_token": {"content": "<|pad|>", "special": True}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokens))

@@ -147,3 +147,14 @@ def test_chatml_needs_markers():
 
     with pytest.raises(ValueError, match="this tokeniser has no BOS"):
         chatml(TALK, NoBos("ab"))
+
+
+def test_ids_and_mask_are_those_of_transformers(folder):
+    transformers = pytest.importorskip("transformers", reason="transformers is in the extra `test`")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    rendered = theirs.apply_chat_template(
+        TALK, chat_template=TAGGED, return_assistant_tokens_mask=True, return_dict=True
+    )
+    ids, mask = chatml(TALK, HuggingFaceTokenizer(str(folder)))
+    assert rendered["input_ids"] == ids
+    assert [bool(on) for on in rendered["assistant_masks"]] == mask

@@ -23,6 +23,7 @@ def test_no_problem_stands_on_both_sides_even_if_it_is_repeated(held_out):
 def test_a_fraction_is_about_kept_and_a_count_exactly():
     assert 50 < len(split_by_problem(PROBLEMS, held_out=0.2)[1]) < 110  # 80 expected, standard deviation 8
     assert len(split_by_problem(PROBLEMS, held_out=37)[1]) == 37
+    assert len(split_by_problem(PROBLEMS * 2, held_out=37)[1]) == 74, "distinct problems are counted"
 
 
 @pytest.mark.parametrize("held_out", [0.2, 37])
