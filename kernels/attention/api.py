@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jaxrl.kernels.attention import masks
 from jaxrl.kernels.attention.blocked import blocked_attention
 from jaxrl.kernels.attention.reference import dense_attention
+from jaxrl.kernels.attention.tpu import pallas_attention, refusal
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas")
-DENSE_PAIRS = 512 * 512
+DENSE_PAIRS = 128 * 128  # up to here the dense form is at least as fast as tiles on CPU, with gradients
 
 
 def attention(
@@ -70,19 +71,26 @@ def attention(
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"attention: implementation={implementation!r}, expected None or {IMPLEMENTATIONS}.")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    chosen = implementation or _choose(shape, scale, soft_cap)
+    chosen = implementation or _choose(q, k, v, mask, scale, soft_cap, bias)
     options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap, "bias": bias, "sinks": sinks}
     if chosen == "reference":
         allowed = None if isinstance(mask, masks.Full) else masks.dense(mask, shape, q_offset)
         o, lse = dense_attention(q, k, v, allowed=allowed, **options)
     else:
-        o, lse = blocked_attention(q, k, v, mask=mask, q_offset=q_offset, **options)
+        tiled = blocked_attention if chosen == "xla" else pallas_attention
+        o, lse = tiled(q, k, v, mask=mask, q_offset=q_offset, **options)
     return (o, jnp.swapaxes(lse, 1, 2)) if return_lse else o
 
 
-def _choose(shape, scale, soft_cap) -> str:
-    _, _, t, s = shape
-    return "reference" if t * s < DENSE_PAIRS else "xla"
+def _choose(q, k, v, mask, scale, soft_cap, bias) -> str:
+    """The implementation that None stands for."""
+    t, s = q.shape[1], k.shape[1]
+    dynamic = not (isinstance(scale, int | float) and isinstance(soft_cap, int | float | None))
+    if dynamic or t < 16 or t * s <= DENSE_PAIRS:
+        return "reference"
+    if jax.default_backend() == "tpu" and refusal(q, k, v, mask, scale, soft_cap, bias) is None:
+        return "pallas"
+    return "xla"
 
 
 def _check(q, k, v, bias, sinks, soft_cap) -> tuple[int, int, int, int]:

@@ -17,7 +17,7 @@ from jax import lax
 from jaxrl.kernels.attention import masks
 from jaxrl.kernels.attention.reference import MASKED, SEEN
 
-BLOCK = 512  # fastest of 128, 256, 512, 1024 on CPU for head sizes 64 and 128
+BLOCK = {"cpu": 128}  # tile side by platform; on CPU 128 takes the least processor time of 64 .. 512
 
 
 class Settings(NamedTuple):
@@ -40,8 +40,8 @@ def blocked_attention(
     soft_cap: float | None = None,
     bias: jax.Array | None = None,
     sinks: jax.Array | None = None,
-    block_q: int = BLOCK,
-    block_k: int = BLOCK,
+    block_q: int | None = None,
+    block_k: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`dense_attention` with O(T) memory (and that of the bias, where one is given).
 
@@ -50,7 +50,7 @@ def blocked_attention(
     Args:
       q: [B, T, H, D]. k: [B, S, K, D]. v: [B, S, K, Dv].
       mask, q_offset, scale, soft_cap, bias, sinks: as in `attention`; scale and soft_cap are Python numbers.
-      block_q, block_k: upper bounds on the tile's sides.
+      block_q, block_k: upper bounds on the tile's sides; default by platform.
 
     Returns:
       o [B, T, H, Dv] in the dtype of q, and lse [B, H, T] in float32.
@@ -61,10 +61,13 @@ def blocked_attention(
     for name, value in (("scale", scale), ("soft_cap", soft_cap)):
         if not isinstance(value, int | float | None):
             raise ValueError(
-                f'attention: implementation="xla" needs {name} as a Python number, got {type(value).__name__}; '
-                f'multiply q by it yourself, or use implementation="reference".'
+                f'attention: implementation="xla" needs {name} as a Python number, got '
+                f'{type(value).__name__}; use implementation="reference".'
             )
-    settings = Settings(scale, soft_cap, _block(q.shape[1], block_q), _block(k.shape[1], block_k))
+    block = BLOCK.get(jax.default_backend(), 512)
+    settings = Settings(
+        scale, soft_cap, _block(q.shape[1], block_q or block), _block(k.shape[1], block_k or block)
+    )
     return _attention(settings, q, k, v, bias, sinks, mask, jnp.asarray(q_offset, jnp.int32))
 
 
@@ -99,26 +102,29 @@ def _forward(settings, q, k, v, bias, sinks, mask, q_offset):
                 tile = _tile(i, j, settings, row, head, q_offset, s)
 
                 def visit(carry):
-                    m, l, o = carry
-                    logits, _ = _logits(settings, qi, _slice(kh, kv, j, bk).astype(acc), tile, mask, bias_tiles, i)
+                    m, total, o = carry
+                    kj = _slice(kh, kv, j, bk).astype(acc)
+                    logits, _ = _logits(settings, qi, kj, tile, mask, bias_tiles, i)
                     m_new = jnp.maximum(m, jnp.max(logits, axis=-1))
                     safe = jnp.where(m_new < SEEN, 0.0, m_new)
                     p = jnp.exp(logits - safe[:, None])
                     decay = jnp.exp(m - safe)
                     o = o * decay[:, None] + p @ _slice(vh, kv, j, bk).astype(acc)
-                    return m_new, l * decay + jnp.sum(p, axis=-1), o
+                    return m_new, total * decay + jnp.sum(p, axis=-1), o
 
                 return lax.cond(mask.live(tile), visit, lambda carry: carry, carry)
 
             m = jnp.full((bq,), MASKED, acc)
-            m, l, o = lax.fori_loop(0, nk, step, (m, jnp.zeros_like(m), jnp.zeros((bq, v.shape[-1]), acc)))
+            nothing = m, jnp.zeros_like(m), jnp.zeros((bq, v.shape[-1]), acc)
+            m, total, o = lax.fori_loop(0, nk, step, nothing)
             if sinks is not None:
                 sink = sinks[head].astype(acc)
                 top = jnp.maximum(m, sink)
-                o, l, m = o * jnp.exp(m - top)[:, None], l * jnp.exp(m - top) + jnp.exp(sink - top), top
-            seen = l > 0
-            l = jnp.where(seen, l, 1.0)
-            return (o / l[:, None]).astype(q.dtype), jnp.where(seen, m + jnp.log(l), MASKED)
+                decay = jnp.exp(m - top)
+                o, total, m = o * decay[:, None], total * decay + jnp.exp(sink - top), top
+            seen = total > 0
+            total = jnp.where(seen, total, 1.0)
+            return (o / total[:, None]).astype(q.dtype), jnp.where(seen, m + jnp.log(total), MASKED)
 
         o, lse = lax.map(one_block, jnp.arange(nq))
         return o.reshape(nq * bq, -1)[:t], lse.reshape(nq * bq)[:t]
@@ -167,7 +173,7 @@ def _backward(settings, residuals, cotangents):
                     logits, slope = _logits(settings, qi, kj, tile, mask, bias_tiles, i)
                     p = jnp.exp(logits - _slice(lse_h, m, i, bq)[:, None])
                     ds = p * (doi @ vj.T - _slice(delta_h, m, i, bq)[:, None])
-                    if bias is not None:
+                    if dbias is not None:
                         dbias = _add_to_bias(dbias, ds, tile, i * bq)
                     ds = ds * (settings.scale * slope)
                     at = (g, i * bq, 0)
@@ -184,12 +190,12 @@ def _backward(settings, residuals, cotangents):
         (dq, dbias), (dk, dv) = lax.scan(one_block, (dq, dbias), jnp.arange(nk))
         return dbias, (dq[:, :t].astype(q.dtype), dk.reshape(nk * bk, -1)[:s], dv.reshape(nk * bk, -1)[:s])
 
-    dbias = None if bias is None else jnp.zeros(bias_tiles.shape, acc)
+    dbias = None if bias_tiles is None else jnp.zeros(bias_tiles.shape, acc)
     dbias, (dq, dk, dv) = lax.scan(one_group, dbias, jnp.arange(b * heads))
     dq = jnp.swapaxes(dq.reshape(b, h, t, d), 1, 2)
     dk = jnp.swapaxes(dk.reshape(b, heads, s, d), 1, 2)
     dv = jnp.swapaxes(dv.reshape(b, heads, s, -1), 1, 2)
-    if bias is not None:
+    if bias is not None and dbias is not None:
         dbias = lax.slice(dbias, (0, 0, 0, 0), bias.shape).astype(bias.dtype)
     dsinks = None
     if sinks is not None:
@@ -235,7 +241,8 @@ def _slice(x: jax.Array, n, i, size: int) -> jax.Array:
 def _pad_bias(bias, t: int, s: int, t_padded: int, s_padded: int):
     if bias is None:
         return None
-    pad_t, pad_s = (0 if n == 1 else p for n, p in zip(bias.shape[2:], (t_padded - t, s_padded - s), strict=True))
+    pad_t = 0 if bias.shape[2] == 1 else t_padded - t
+    pad_s = 0 if bias.shape[3] == 1 else s_padded - s
     return jnp.pad(bias, ((0, 0), (0, 0), (0, pad_t), (0, pad_s)))
 
 
