@@ -8,6 +8,7 @@ reward functions get them by name.
 import difflib
 import json
 from collections.abc import Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ Record = dict[str, Any]
 
 
 class Examples(NamedTuple):
-    """Supervised examples: tokens [N, T] int32 right-padded; loss_mask [N, T] bool, true where a token is
+    """Supervised examples: tokens [N, T] int32 right-padded; loss_mask [N, T] float32, 1 where a token is
     trained (it is a *target*: the model reads what stands before it); lengths [N] int32, tokens before the
     padding."""
 
@@ -43,26 +44,34 @@ def read_jsonl(path: str | Path, *, require: Sequence[str] = ()) -> list[Record]
     records = []
     with path.open(
         "rb"
-    ) as lines:  # bytes split at "\n" only: other Unicode line ends are legal inside JSON strings
+    ) as lines:  # as text it would also split at other line ends, legal inside JSON strings
         for number, line in enumerate(lines, start=1):
-            record = _parse_line(line, f"{path}:{number}", first=number == 1)
-            if record is not None:
-                check_columns(record, require, where=f"{path}:{number}")
-                records.append(record)
+            with named(f"{path}:{number}"):
+                record = _parse_line(line, first=number == 1)
+                if record is not None:
+                    check_columns(record, require)
+                    records.append(record)
     if not records:
         raise ValueError(f"{path} holds no record; expected one JSON object per line")
     return records
 
 
-def check_columns(record: Record, columns: Sequence[str], *, where: str) -> None:
+@contextmanager
+def named(where: str):
+    """Put `where` (a file and line, or a record) before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def check_columns(record: Record, columns: Sequence[str]) -> None:
     """Raise ValueError if a record lacks one of `columns`, naming the columns it has and the nearest."""
     for column in columns:
         if column not in record:
             near = difflib.get_close_matches(column, record, n=1)
             hint = f"did you mean {near[0]!r}? Rename it" if near else f"add {column!r} to every record"
-            raise ValueError(
-                f"{where}: no column {column!r}; found {sorted(record)}. {hint[0].upper() + hint[1:]}"
-            )
+            raise ValueError(f"no column {column!r}; found {sorted(record)}. {hint[0].upper() + hint[1:]}")
 
 
 def encode_prompts(
@@ -85,10 +94,10 @@ def encode_prompts(
     """
     rows = []
     for i, record in enumerate(records):
-        where = f"record {i}"
-        check_columns(record, ["prompt"], where=where)
-        rows.append(_encode_prompt(record["prompt"], tokenizer, where, add_bos, template))
-        _check_length(rows[-1], max_length, f"{where}: the prompt {_excerpt(record['prompt'])}")
+        with named(f"record {i}"):
+            check_columns(record, ["prompt"])
+            rows.append(_encode_prompt(record["prompt"], tokenizer, add_bos, template))
+            _check_length(rows[-1], max_length, f"the prompt {_excerpt(record['prompt'])}")
     return _pad(rows, tokenizer, pad_to, left=True)
 
 
@@ -106,12 +115,12 @@ def encode_answers(
     """
     rows = []
     for i, record in enumerate(records):
-        where = f"record {i}"
-        check_columns(record, ["answer"], where=where)
-        answer = record["answer"]
-        answer = str(answer) if isinstance(answer, int) and not isinstance(answer, bool) else answer
-        rows.append(tokenizer.encode(_text(answer, "answer", where)))
-        _check_length(rows[-1], max_length, f"{where}: the answer {_excerpt(answer)}")
+        with named(f"record {i}"):
+            check_columns(record, ["answer"])
+            answer = record["answer"]
+            answer = str(answer) if isinstance(answer, int) and not isinstance(answer, bool) else answer
+            rows.append(tokenizer.encode(_text(answer, "answer")))
+            _check_length(rows[-1], max_length, f"the answer {_excerpt(answer)}")
     return _pad(rows, tokenizer, pad_to, left=False)
 
 
@@ -138,12 +147,13 @@ def encode_examples(
     """
     rows, masks = [], []
     for i, record in enumerate(records):
-        ids, mask = encode_example(record, tokenizer, where=f"record {i}", add_bos=add_bos, template=template)
-        _check_length(ids, max_length, f"record {i}: the example with its EOS")
+        with named(f"record {i}"):
+            ids, mask = encode_example(record, tokenizer, add_bos=add_bos, template=template)
+            _check_length(ids, max_length, "the example with its EOS")
         rows.append(ids)
         masks.append(mask)
     tokens, lengths = _pad(rows, tokenizer, pad_to, left=False)
-    loss_mask = np.zeros(tokens.shape, bool)
+    loss_mask = np.zeros(tokens.shape, np.float32)
     for row, mask in zip(loss_mask, masks, strict=True):
         row[: len(mask)] = mask
     return Examples(tokens, loss_mask, lengths)
@@ -153,7 +163,6 @@ def encode_example(
     record: Record,
     tokenizer: Tokenizer,
     *,
-    where: str = "record",
     add_bos: bool = False,
     template: Template = chatml,
 ) -> tuple[list[int], list[bool]]:
@@ -164,28 +173,24 @@ def encode_example(
             end = _last(mask) + 1
             ids, mask = [*ids[:end], tokenizer.eos_id], [*mask[:end], True]
     elif "completion" in record:
-        check_columns(record, ["prompt"], where=where)
-        prompt = _encode_prompt(record["prompt"], tokenizer, where, add_bos, template)
-        completion = tokenizer.encode(_completion(record["completion"], where))
-        ids = [*prompt, *completion, tokenizer.eos_id]
-        mask = [False] * len(prompt) + [True] * (len(completion) + 1)
+        check_columns(record, ["prompt"])
+        prompt = _encode_prompt(record["prompt"], tokenizer, add_bos, template)
+        completion = _end(tokenizer.encode(_completion(record["completion"])), tokenizer)
+        ids, mask = prompt + completion, [False] * len(prompt) + [True] * len(completion)
     elif "text" in record:
         start = _bos(tokenizer) if add_bos else []
-        text = tokenizer.encode(_text(record["text"], "text", where))
-        ids = [*start, *text, tokenizer.eos_id]
-        mask = [False] * len(start) + [True] * (len(text) + 1)
+        text = _end(tokenizer.encode(_text(record["text"], "text")), tokenizer)
+        ids, mask = start + text, [False] * len(start) + [True] * len(text)
     else:
-        near = difflib.get_close_matches(
-            " ".join(record), ["completion", "messages", "text"], n=1, cutoff=0.3
-        )
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        known = ["completion", "messages", "text"]
+        near = [name for column in record for name in difflib.get_close_matches(column, known)]
+        hint = f". Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"{where}: found columns {sorted(record)}; expected `prompt` and `completion`, or `messages`, or "
-            "`text`." + hint
+            f"found columns {sorted(record)}; expected `prompt` and `completion`, `messages`, or `text`{hint}"
         )
     if not any(mask[1:]):
         raise ValueError(
-            f"{where} trains on nothing: none of its {len(ids)} tokens is a target. It needs a completion or "
+            f"it trains on nothing: none of its {len(ids)} tokens is a target. It needs a completion or "
             "an assistant message with text"
         )
     return ids, mask
@@ -203,13 +208,12 @@ def check_vocabulary(tokens: np.ndarray, vocab_size: int, *, name: str = "tokens
         )
 
 
-def _parse_line(line: bytes, where: str, *, first: bool) -> Record | None:
+def _parse_line(line: bytes, *, first: bool) -> Record | None:
     try:
         text = line.decode("utf-8-sig" if first else "utf-8").strip()
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{where}: byte 0x{line[error.start]:02x} at byte {error.start + 1} is not UTF-8. Save the file "
-            "as UTF-8"
+            f"byte 0x{line[error.start]:02x} at byte {error.start + 1} is not UTF-8. Save the file as UTF-8"
         ) from None
     if not text:
         return None
@@ -220,53 +224,49 @@ def _parse_line(line: bytes, where: str, *, first: bool) -> Record | None:
         array = first and text.startswith("[")
         hint = "the file looks like one JSON array: " if array else ""
         raise ValueError(
-            f"{where}: column {error.colno}: {error.msg}; {found}. {hint[:1].upper()}{hint[1:]}"
+            f"column {error.colno}: {error.msg}; {found}. {hint[:1].upper()}{hint[1:]}"
             f"{'write' if array else 'Write'} each record as one JSON object on one line, with double quotes"
         ) from None
     if not isinstance(record, dict):
         raise ValueError(
-            f"{where}: found {'a list' if isinstance(record, list) else repr(record)}, expected one JSON "
+            f"found {'a list' if isinstance(record, list) else repr(record)}, expected one JSON "
             'object per line, such as {"prompt": "1+1=", "answer": "2"}'
         )
     return record
 
 
-def _encode_prompt(
-    prompt: Any, tokenizer: Tokenizer, where: str, add_bos: bool, template: Template
-) -> list[int]:
+def _encode_prompt(prompt: Any, tokenizer: Tokenizer, add_bos: bool, template: Template) -> list[int]:
     if isinstance(prompt, list):
         if not prompt:
-            raise ValueError(f"{where}: the prompt is an empty list; expected at least one message")
+            raise ValueError("the prompt is an empty list; expected at least one message")
         return template(prompt, tokenizer, add_generation_prompt=True)[0]
-    return (_bos(tokenizer) if add_bos else []) + tokenizer.encode(_text(prompt, "prompt", where))
+    return (_bos(tokenizer) if add_bos else []) + tokenizer.encode(_text(prompt, "prompt"))
 
 
-def _completion(completion: Any, where: str) -> str:
+def _completion(completion: Any) -> str:
     if isinstance(completion, list):  # chat form: one assistant message
-        if (
-            len(completion) != 1
-            or not isinstance(completion[0], dict)
-            or completion[0].get("role") != "assistant"
-        ):
+        roles = [message.get("role") if isinstance(message, dict) else None for message in completion]
+        if roles != ["assistant"]:
             raise ValueError(
-                f"{where}: the completion is a list but not of one assistant message: "
-                f"{_excerpt(completion)}. Put the whole conversation under `messages`"
+                f"the completion is a list but not of one assistant message: {_excerpt(completion)}. Put the "
+                "whole conversation under `messages`"
             )
         completion = completion[0].get("content")
-    return _text(completion, "completion", where)
+    return _text(completion, "completion")
 
 
-def _text(value: Any, column: str, where: str) -> str:
+def _text(value: Any, column: str) -> str:
     if not isinstance(value, str):
         kind = type(value).__name__
-        raise ValueError(
-            f"{where}: {column!r} is {_excerpt(value)} ({kind}), expected text: put it in quotes"
-        )
+        raise ValueError(f"{column!r} is {_excerpt(value)} ({kind}), expected text: put it in quotes")
     if not value.strip():
-        raise ValueError(
-            f"{where}: {column!r} is empty ({value!r}); expected some text. Remove the record or fill it"
-        )
+        raise ValueError(f"{column!r} is empty ({value!r}); expected some text. Remove the record or fill it")
     return value
+
+
+def _end(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    """Append EOS, unless the text itself ends with it (a conversation rendered beforehand)."""
+    return ids if ids[-1:] == [tokenizer.eos_id] else [*ids, tokenizer.eos_id]
 
 
 def _bos(tokenizer: Tokenizer) -> list[int]:

@@ -7,7 +7,7 @@ import numpy as np
 from rich.text import Text
 
 from jaxrl.data.chat import Template, chatml
-from jaxrl.data.records import encode_answers, encode_example, encode_prompts, read_jsonl
+from jaxrl.data.records import encode_answers, encode_example, encode_prompts, named, read_jsonl
 from jaxrl.data.tokenizer import Tokenizer
 
 
@@ -22,23 +22,22 @@ def show(path: str | Path, tokenizer: Tokenizer, index: int = 0, *, template: Te
     records = read_jsonl(path)
     if not 0 <= index < len(records):
         raise ValueError(f"no record {index}; {path} holds {len(records)}, counted from 0")
-    return show_record(
-        records[index], tokenizer, title=f"{path}, record {index} of {len(records)}", template=template
-    )
+    title = f"record {index} of {len(records)}"
+    with named(title):
+        return show_record(records[index], tokenizer, title=f"{path}, {title}", template=template)
 
 
 def show_record(
     record: dict[str, Any], tokenizer: Tokenizer, *, title: str, template: Template = chatml
 ) -> Text:
     """Return one record, tokenised, as `show` does."""
-    where = title.rpartition(", ")[2]
     answer = None
     if "answer" in record and not {"completion", "messages", "text"} & set(record):
         ids = encode_prompts([record], tokenizer, template=template)[0][0].tolist()
         mask = [False] * len(ids)
         answer = encode_answers([record], tokenizer)[0][0].tolist()
     else:
-        ids, mask = encode_example(record, tokenizer, where=where, template=template)
+        ids, mask = encode_example(record, tokenizer, template=template)
     text = Text(f"{title}\ncolumns: {', '.join(record)}\n")
     trained = "the model writes the rest" if answer is not None else f"{sum(mask)} trained"
     text.append(f"{len(ids)} tokens, {trained}\n\n", style="bold")

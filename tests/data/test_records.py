@@ -8,7 +8,7 @@ from jaxrl.data.records import (
     encode_prompts,
     read_jsonl,
 )
-from jaxrl.data.tokenizer import ByteTokenizer, CharTokenizer
+from jaxrl.data.tokenizer import ByteTokenizer, CharTokenizer, HuggingFaceTokenizer
 
 DIGITS = CharTokenizer("0123456789+=")  # digit d has id d; "+" 10, "=" 11, BOS 12, EOS 13, padding 14
 EOS, PAD = 13, 14
@@ -113,7 +113,8 @@ def test_answers_are_padded_on_the_right_and_may_be_integers():
         ({"prompt": " "}, "record 1: 'prompt' is empty"),
         ({"prompt": 3}, r"record 1: 'prompt' is '3' \(int\), expected text"),
         ({"text": "1"}, r"record 1: no column 'prompt'; found \['text'\]"),
-        ({"prompt": "1-1"}, "character '-' at position 1"),
+        ({"prompt": "1-1"}, "record 1: character '-' at position 1"),
+        ({"prompt": [{"role": "user"}]}, r"record 1: message 0 has \['role'\]"),
     ],
 )
 def test_a_bad_prompt_is_named(record, message):
@@ -153,13 +154,21 @@ def test_a_completion_is_trained_with_its_eos_and_its_prompt_is_not():
     np.testing.assert_array_equal(examples.tokens, [[1, 10, 1, 11, 2, EOS], [1, 11, 1, EOS, PAD, PAD]])
     np.testing.assert_array_equal(examples.loss_mask, [[0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0]])
     np.testing.assert_array_equal(examples.lengths, [6, 4])
-    assert examples.tokens.dtype == np.int32 and examples.loss_mask.dtype == bool
+    assert examples.tokens.dtype == np.int32 and examples.loss_mask.dtype == np.float32
 
 
 def test_text_is_trained_whole_with_its_eos():
     examples = encode_examples([{"text": "12"}], DIGITS, add_bos=True, pad_to=5)
     np.testing.assert_array_equal(examples.tokens, [[12, 1, 2, EOS, PAD]])
     np.testing.assert_array_equal(examples.loss_mask, [[0, 1, 1, 1, 0]])
+
+
+def test_a_text_that_ends_with_eos_gets_no_second_one(folder):
+    tokenizer = HuggingFaceTokenizer(str(folder))
+    for record in ({"text": "he<|im_end|>"}, {"prompt": "a", "completion": "he<|im_end|>"}):
+        examples = encode_examples([record], tokenizer)
+        assert examples.tokens[0].tolist()[-2:] == [256, 259] and examples.tokens[0].tolist().count(259) == 1
+        assert examples.loss_mask[0].tolist()[-2:] == [1, 1]
 
 
 def test_eos_is_trained_where_padding_is_eos():
@@ -174,11 +183,11 @@ def test_eos_is_trained_where_padding_is_eos():
 def test_assistant_messages_are_trained():
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bc"}]
     examples = encode_examples([{"messages": messages}], ByteTokenizer())
-    assert examples.tokens[0][examples.loss_mask[0]].tolist() == [*b"bc", 257]
+    assert examples.tokens[0][examples.loss_mask[0] == 1].tolist() == [*b"bc", 257]
     completion = {"prompt": messages[:1], "completion": messages[1:]}
     again = encode_examples([completion], ByteTokenizer())
     assert again.tokens[0].tolist() == examples.tokens[0].tolist()[:-1]  # all but the template's last newline
-    assert again.tokens[0][again.loss_mask[0]].tolist() == [*b"bc", 257]
+    assert again.tokens[0][again.loss_mask[0] == 1].tolist() == [*b"bc", 257]
 
 
 @pytest.mark.parametrize(
@@ -194,9 +203,9 @@ def test_assistant_messages_are_trained():
         ),
         (
             {"prompt": "1", "completions": "1"},
-            r"found columns \['completions', 'prompt'\]; expected .*Did you mean",
+            r"found columns \['completions', 'prompt'\]; expected .*Did you mean 'completion'",
         ),
-        ({"messages": [{"role": "user", "content": "1"}]}, "record 1 trains on nothing: none of its"),
+        ({"messages": [{"role": "user", "content": "1"}]}, "record 1: it trains on nothing: none of its"),
         ({"prompt": "1", "completion": ["1"]}, "the completion is a list but not of one assistant message"),
     ],
 )
