@@ -1,18 +1,23 @@
-"""Self-attention of a decoder layer: projections, QK-norm, rotary positions, cache, and the one attention door."""
+"""Self-attention of a decoder layer: projections, QK-norm, rotary positions, cache."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxrl.kernels.attention import Window, attention
-from jaxrl.nets.layers import STD, Linear, RMSNorm
+from jaxrl.nets.layers import Linear, RMSNorm, normal
 from jaxrl.nets.rope import rotate
 
 
 class Slot(NamedTuple):
-    """Where one layer finds its keys and values: the whole cache [L, B, K, S, Dh], its row, the first free column."""
+    """Where one layer keeps its keys and values.
+
+    k, v: the whole cache, [L, B, K, S, Dh]; layer: its row of axis L; length: the first free column of axis
+    S.
+    """
 
     k: jax.Array
     v: jax.Array
@@ -41,11 +46,12 @@ def load(slot: Slot, dtype: str) -> tuple[jax.Array, jax.Array]:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): query head h reads kv head h // (H / K).
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245).
 
-    Parameters: q/kernel [D, H * Dh], k/kernel and v/kernel [D, K * Dh], o/kernel [H * Dh, D] (drawn with `out_std`),
-    with `qkv_bias` a bias beside the first three, with `qk_norm` q_norm/scale and k_norm/scale [Dh] (RMSNorm over each
-    head, before the rotation, as Qwen3).
+    Query head h reads kv head h // (heads / kv_heads).
+    Parameters: q/kernel [D, H * Dh], k/kernel and v/kernel [D, K * Dh], o/kernel [H * Dh, D] (from
+    `out_init`); with `qkv_bias` a bias beside the first three; with `qk_norm` q_norm/scale and k_norm/scale
+    [Dh], an RMSNorm of each head before the rotation (Qwen3).
     """
 
     heads: int
@@ -55,7 +61,7 @@ class Attention(nn.Module):
     qk_norm: bool = False
     norm_eps: float = 1e-6
     window: int | None = None
-    out_std: float = STD
+    out_init: Callable = normal(0.02)
     implementation: str | None = None
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -74,7 +80,7 @@ class Attention(nn.Module):
         Returns:
           ([B, T, D], the slot with the T new columns written, or None).
         """
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         b, t, _ = x.shape
 
         def project(name, heads):
@@ -91,14 +97,14 @@ class Attention(nn.Module):
             slot = store(slot, k, v)
             (k, v), offset = load(slot, self.dtype), slot.length
 
-        def attend(mask):
+        def attend(mask) -> Any:
             return attention(q, k, v, mask=mask, q_offset=offset, implementation=self.implementation)
 
-        if self.window is None:
-            y = attend(mask)
-        elif windowed is None:
-            y = attend(mask & Window(self.window))
-        else:
-            y = jax.lax.cond(windowed, lambda: attend(mask & Window(self.window)), lambda: attend(mask))
+        near = mask if self.window is None else mask & Window(self.window)
+        y = (
+            attend(near)
+            if windowed is None
+            else jax.lax.cond(windowed, lambda: attend(near), lambda: attend(mask))
+        )
         y = y.reshape(b, t, self.heads * self.head_dim)
-        return Linear(x.shape[-1], std=self.out_std, **types, name="o")(y), slot
+        return Linear(x.shape[-1], kernel_init=self.out_init, **types, name="o")(y), slot

@@ -1,21 +1,24 @@
 """The small parts of a Transformer: linear maps, RMSNorm, SwiGLU."""
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-STD = 0.02  # standard deviation of every freshly drawn kernel and embedding
+normal = nn.initializers.normal
 
 
 class Linear(nn.Module):
     """y = x W (+ b), with W [in, out]: computed in `dtype`, kept in `param_dtype`.
 
-    Parameters: kernel [in, out] ~ N(0, std^2) and, with `use_bias`, bias [out] = 0.
+    Parameters: kernel [in, out] from `kernel_init` and, with `use_bias`, bias [out] = 0.
     """
 
     features: int
     use_bias: bool = False
-    std: float = STD
+    kernel_init: Callable = normal(0.02)
     dtype: str = "float32"
     param_dtype: str = "float32"
 
@@ -23,7 +26,7 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x [..., in] to [..., features]."""
         shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.normal(self.std), shape, jnp.dtype(self.param_dtype))
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.dtype(self.param_dtype))
         y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.dtype(self.param_dtype))
@@ -32,10 +35,10 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * scale, with float32 statistics (Zhang and Sennrich 2019, arXiv:1910.07467).
+    """y = x / sqrt(mean(x^2) + eps) * scale (Zhang and Sennrich 2019, arXiv:1910.07467).
 
-    The normalised value is rounded to `dtype` before it meets the scale, as Llama and Qwen do.
-    Parameters: scale [features] = 1.
+    Statistics are float32. The normalised value is rounded to `dtype` before it meets the scale, as Llama
+    and Qwen do. Parameters: scale [features] = 1.
     """
 
     eps: float = 1e-6
@@ -55,25 +58,25 @@ class RMSNorm(nn.Module):
 class SwiGLU(nn.Module):
     """y = (silu(x W_gate) * x W_up) W_down (Shazeer 2020, arXiv:2002.05202), without biases.
 
-    Parameters: gate/kernel and up/kernel [D, ffn], down/kernel [ffn, D] (drawn with `out_std`).
+    Parameters: gate/kernel and up/kernel [D, ffn], down/kernel [ffn, D] (from `out_init`).
     """
 
     ffn: int
-    out_std: float = STD
+    out_init: Callable = normal(0.02)
     dtype: str = "float32"
     param_dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x [..., D] to [..., D]."""
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         gate = Linear(self.ffn, **types, name="gate")(x)
         up = Linear(self.ffn, **types, name="up")(x)
-        return Linear(x.shape[-1], std=self.out_std, **types, name="down")(nn.silu(gate) * up)
+        return Linear(x.shape[-1], kernel_init=self.out_init, **types, name="down")(nn.silu(gate) * up)
 
 
 class Kernel(nn.Module):
-    """A matrix that is stored here and multiplied elsewhere. Parameters: kernel [in, out] ~ N(0, std^2)."""
+    """A matrix that is stored here and multiplied elsewhere. Parameters: kernel [in, out] ~ N(0, 0.02^2)."""
 
     shape: tuple[int, int]
     param_dtype: str = "float32"
@@ -81,4 +84,4 @@ class Kernel(nn.Module):
     @nn.compact
     def __call__(self) -> jax.Array:
         """Return the matrix."""
-        return self.param("kernel", nn.initializers.normal(STD), self.shape, jnp.dtype(self.param_dtype))
+        return self.param("kernel", normal(0.02), self.shape, jnp.dtype(self.param_dtype))

@@ -1,13 +1,111 @@
-"""Named configurations: frozen published sizes, each from the model's own config file."""
+"""Named configurations: frozen published sizes, as the models' own config files state them.
+
+Every function takes `changes`, fields of TransformerConfig to set otherwise: `qwen3_0_6b(dtype="bfloat16")`.
+"""
 
 from dataclasses import replace
 
+from jaxrl.nets.rope import Llama3Scaling
 from jaxrl.nets.transformer import TransformerConfig
 
 
 def tiny(vocab_size: int = 64, **changes) -> TransformerConfig:
-    """2 layers of width 64: for tests, demonstrations and first steps. `changes` are fields of the config."""
+    """2 layers of width 64: for tests, demonstrations and first steps."""
+    sizes = {"heads": 4, "kv_heads": 2, "ffn": 128, "max_length": 512}
+    return replace(llama_like(vocab_size, 64, 2, **sizes), **changes)
+
+
+def llama_like(vocab_size: int, width: int, layers: int, **changes) -> TransformerConfig:
+    """A small model of your own size: heads of 64, ffn 8/3 of the width (in 64s), tied embeddings."""
+    heads = max(width // 64, 1)
+    sizes = {"heads": heads, "kv_heads": heads, "ffn": -(-8 * width // (3 * 64)) * 64, "tie_embeddings": True}
+    return TransformerConfig(vocab_size=vocab_size, width=width, layers=layers, **(sizes | changes))
+
+
+def smollm2_135m(**changes) -> TransformerConfig:
+    """SmolLM2 135M (Allal et al. 2025, arXiv:2502.02737): 134,515,008 parameters."""
     config = TransformerConfig(
-        vocab_size=vocab_size, width=64, layers=2, heads=4, kv_heads=2, ffn=128, max_length=512, tie_embeddings=True
+        vocab_size=49152, width=576, layers=30, heads=9, kv_heads=3, ffn=1536, max_length=8192,
+        rope_base=1e5, norm_eps=1e-5, tie_embeddings=True,
+    )  # fmt: skip
+    return replace(config, **changes)
+
+
+def llama2_7b(**changes) -> TransformerConfig:
+    """Llama 2 7B (Touvron et al. 2023, arXiv:2307.09288): 6,738,415,616 parameters."""
+    config = TransformerConfig(
+        vocab_size=32000,
+        width=4096,
+        layers=32,
+        heads=32,
+        kv_heads=32,
+        ffn=11008,
+        max_length=4096,
+        norm_eps=1e-5,
     )
     return replace(config, **changes)
+
+
+def llama31_8b(**changes) -> TransformerConfig:
+    """Llama 3.1 8B (Grattafiori et al. 2024, arXiv:2407.21783): 8,030,261,248 parameters."""
+    config = TransformerConfig(
+        vocab_size=128256, width=4096, layers=32, heads=32, kv_heads=8, ffn=14336, max_length=131072,
+        rope_base=5e5, rope_scaling=Llama3Scaling(8.0, 8192), norm_eps=1e-5,
+    )  # fmt: skip
+    return replace(config, **changes)
+
+
+def llama32_1b(**changes) -> TransformerConfig:
+    """Llama 3.2 1B: 1,235,814,400 parameters."""
+    config = TransformerConfig(
+        vocab_size=128256, width=2048, layers=16, heads=32, kv_heads=8, ffn=8192, max_length=131072,
+        rope_base=5e5, rope_scaling=Llama3Scaling(32.0, 8192), norm_eps=1e-5, tie_embeddings=True,
+    )  # fmt: skip
+    return replace(config, **changes)
+
+
+def qwen25_0_5b(**changes) -> TransformerConfig:
+    """Qwen2.5 0.5B (Qwen 2024, arXiv:2412.15115); Qwen2 has the same sizes: 494,032,768 parameters."""
+    config = TransformerConfig(
+        vocab_size=151936, width=896, layers=24, heads=14, kv_heads=2, ffn=4864, max_length=32768,
+        rope_base=1e6, qkv_bias=True, tie_embeddings=True,
+    )  # fmt: skip
+    return replace(config, **changes)
+
+
+def qwen25_1_5b(**changes) -> TransformerConfig:
+    """Qwen2.5 1.5B; Qwen2 has the same sizes: 1,543,714,304 parameters."""
+    config = TransformerConfig(
+        vocab_size=151936, width=1536, layers=28, heads=12, kv_heads=2, ffn=8960, max_length=131072,
+        rope_base=1e6, qkv_bias=True, tie_embeddings=True,
+    )  # fmt: skip
+    return replace(config, **changes)
+
+
+def qwen25_7b(**changes) -> TransformerConfig:
+    """Qwen2.5 7B; Qwen2 has the same sizes: 7,615,616,512 parameters."""
+    config = TransformerConfig(
+        vocab_size=152064, width=3584, layers=28, heads=28, kv_heads=4, ffn=18944, max_length=131072,
+        rope_base=1e6, qkv_bias=True,
+    )  # fmt: skip
+    return replace(config, **changes)
+
+
+def qwen3_0_6b(**changes) -> TransformerConfig:
+    """Qwen3 0.6B (Qwen 2025, arXiv:2505.09388): 596,049,920 parameters, the tied embedding counted once."""
+    config = TransformerConfig(
+        vocab_size=151936, width=1024, layers=28, heads=16, kv_heads=8, ffn=3072, head_dim=128,
+        max_length=40960, rope_base=1e6, qk_norm=True, tie_embeddings=True,
+    )  # fmt: skip
+    return replace(config, **changes)
+
+
+def qwen3_1_7b(**changes) -> TransformerConfig:
+    """Qwen3 1.7B: 1,720,574,976 parameters, the tied embedding counted once."""
+    return replace(qwen3_0_6b(), **({"width": 2048, "ffn": 6144} | changes))
+
+
+def qwen3_8b(**changes) -> TransformerConfig:
+    """Qwen3 8B: 8,190,735,360 parameters."""
+    sizes = {"width": 4096, "layers": 36, "heads": 32, "ffn": 12288, "tie_embeddings": False}
+    return replace(qwen3_0_6b(), **(sizes | changes))

@@ -30,7 +30,7 @@ class DynamicNTK:
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """Llama 3.1: long wavelengths divided by `factor`, short ones kept, a linear blend between (2407.21783)."""
+    """Long waves divided by `factor`, short ones kept, a blend between (Llama 3.1, arXiv:2407.21783)."""
 
     factor: float
     original_length: int
@@ -40,11 +40,12 @@ class Llama3Scaling:
 
 @dataclass(frozen=True)
 class Yarn:
-    """YaRN: interpolation per dimension, and cos and sin times `attention_factor` (Peng et al. 2023, 2309.00071).
+    """Interpolation per dimension, cos and sin times `attention_factor` (Peng et al. 2023, arXiv:2309.00071).
 
-    Dimensions that turn more than `beta_fast` times over `original_length` keep their frequency, those that turn
-    less than `beta_slow` times are divided by `factor`, with a linear ramp between. `attention_factor=None` is the
-    paper's 0.1 ln(factor) + 1. `truncate` rounds the ramp's ends to whole dimensions, as the released code does.
+    Dimensions that turn more than `beta_fast` times over `original_length` keep their frequency, those that
+    turn less than `beta_slow` times are divided by `factor`, with a linear ramp between.
+    `attention_factor=None` is the paper's 0.1 ln(factor) + 1. `truncate` rounds the ramp's ends to whole
+    dimensions, as the released code does.
     """
 
     factor: float
@@ -64,7 +65,8 @@ def frequencies(head_dim: int, *, base: float = 10_000.0, scaling: RopeScaling |
     Args:
       head_dim: d, even.
       base: theta of the paper.
-      scaling: one of the dataclasses of this file, or None. `DynamicNTK` depends on the length of the sequence
+      scaling: one of the dataclasses of this file, or None. `DynamicNTK` depends on the length of the
+      sequence
         and leaves them as they are here; `rotation` applies it.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Decoder-only Transformer: Llama, Qwen2, Qwen3 and Mistral are one module under different configs."""
+"""Decoder-only Transformer: Llama, Mistral, Qwen2 and Qwen3 are one module under different configs."""
 
 import math
 from dataclasses import dataclass
@@ -7,16 +7,22 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
-from jaxrl.kernels.attention import Causal
+from jaxrl.kernels.attention import Causal, Mask
 from jaxrl.nets.attention import Attention, Slot
-from jaxrl.nets.layers import STD, Kernel, RMSNorm, SwiGLU
+from jaxrl.nets.layers import Kernel, RMSNorm, SwiGLU, normal
 from jaxrl.nets.rope import RopeScaling, rotation
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes and choices of one decoder. Frozen and hashable; `jaxrl.nets.presets` names published ones."""
+    """Sizes and choices of one decoder. Frozen and hashable; `jaxrl.nets.presets` names published ones.
+
+    `unroll` and `decode_unroll` are layers per step of the layer loop, without and with a cache: more
+    compiles slower and may run faster. `remat` says what the backward pass recomputes: nothing, everything
+    ("full"), or everything but matrix products ("dots").
+    """
 
     vocab_size: int
     width: int  # D, the residual stream
@@ -24,7 +30,7 @@ class TransformerConfig:
     heads: int  # H query heads
     kv_heads: int  # K, divides H
     ffn: int  # inner width of SwiGLU
-    head_dim: int | None = None  # Dh; None: width // heads
+    head_dim: int | None = None  # Dh; None: width / heads
     max_length: int = 2048  # the longest sequence or cache accepted
     rope_base: float = 10_000.0
     rope_scaling: RopeScaling | None = None
@@ -32,51 +38,50 @@ class TransformerConfig:
     qkv_bias: bool = False  # Qwen2
     qk_norm: bool = False  # Qwen3
     tie_embeddings: bool = False
-    window: int | None = None  # sliding window: a query sees the last `window` columns, itself included
-    window_layers: tuple[int, ...] | None = None  # which layers use it; None: all
+    window: int | None = None  # a query sees the last `window` columns, itself included
+    window_layers: tuple[int, ...] | None = None  # which layers use the window; None: all
     dtype: str = "float32"  # compute
     param_dtype: str = "float32"  # storage
-    remat: Literal["none", "full", "dots"] = "none"  # recompute in the backward pass: nothing, all, all but matmuls
+    remat: Literal["none", "full", "dots"] = "none"
     attention: str | None = None  # implementation of the attention door; None: its choice
-    unroll: int = 1  # layers per step of the layer loop: more is slower to compile, sometimes quicker to run
-    decode_unroll: int = 1  # the same with a cache
+    unroll: int = 1
+    decode_unroll: int = 1
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
             raise ValueError(
-                f"{self.heads} heads cannot share {self.kv_heads} kv_heads evenly: give a kv_heads that divides heads"
+                f"{self.heads} heads cannot share {self.kv_heads} kv_heads: give a divisor of heads"
             )
         if self.head_dim is None and self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}: give head_dim explicitly")
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}: give head_dim")
         if self.head_size % 2:
-            raise ValueError(f"head_dim is {self.head_size}, but rotary embedding turns pairs: give an even head_dim")
+            raise ValueError(
+                f"head_dim is {self.head_size}, but rotary embedding turns pairs: give an even one"
+            )
         if self.remat not in ("none", "full", "dots"):
             raise ValueError(f"remat is {self.remat!r}, expected 'none', 'full' or 'dots'")
         if self.window is not None and self.window < 1:
-            raise ValueError(f"window is {self.window}, expected at least 1 (a token sees itself), or None")
-        if not all(0 <= i < self.layers for i in self.window_layers or ()):
-            raise ValueError(f"window_layers {self.window_layers} names layers outside 0..{self.layers - 1}")
+            raise ValueError(f"window is {self.window}, expected None or at least 1: a token sees itself")
         if self.window_layers is not None and (self.window is None or not self.window_layers):
             raise ValueError(
-                "window_layers and window come together: give both (the layers, and the number of columns seen) or neither"
+                f"window is {self.window} and window_layers {self.window_layers}: name at least one layer "
+                "(None: all), together with a window"
             )
+        if not all(0 <= i < self.layers for i in self.window_layers or ()):
+            raise ValueError(f"window_layers {self.window_layers} names layers outside 0..{self.layers - 1}")
 
     @property
     def head_size(self) -> int:
         """Dh as a number."""
         return self.width // self.heads if self.head_dim is None else self.head_dim
 
-    @property
-    def windowed(self) -> tuple[bool, ...]:
-        """Per layer: does it use the sliding window, if there is one?"""
-        return tuple(self.window_layers is None or i in self.window_layers for i in range(self.layers))
-
 
 class Cache(NamedTuple):
     """Keys and values of the columns written so far; all rows share the column cursor.
 
-    k, v: [L, B, K, S, Dh]; length: int32 scalar, columns written. Batches of unequal prompts are padded on the left,
-    and the caller's mask hides the padding (`Segments`).
+    k, v: [L, B, K, S, Dh]: heads before columns, the order in which attention reads them, so that a decode
+    step copies nothing. length: int32 scalar, columns written. Batches of unequal prompts are padded on the
+    left, and the caller's mask hides the padding (`Segments`).
     """
 
     k: jax.Array
@@ -93,7 +98,7 @@ def init_cache(config: TransformerConfig, batch: int, length: int) -> Cache:
     if length > config.max_length:
         raise ValueError(
             f"a cache of {length} columns was asked for, but the config's max_length is {config.max_length}: "
-            "generate fewer tokens, or raise max_length"
+            "shorten the prompts, generate fewer tokens, or raise max_length"
         )
     shape = (config.layers, batch, config.kv_heads, length, config.head_size)
     return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype), jnp.int32(0))
@@ -102,31 +107,38 @@ def init_cache(config: TransformerConfig, batch: int, length: int) -> Cache:
 class Block(nn.Module):
     """One pre-norm layer: x += attention(norm(x)); x += SwiGLU(norm(x)).
 
-    Written as the body of the layer loop: the carry is (x, cache keys, cache values), the whole cache travelling
-    through and being written in place. Parameters: attention_norm, attention, ffn_norm, ffn.
+    Written as the body of the layer loop: the carry is (x, cache keys, cache values); the whole cache
+    travels through and is written in place. Parameters: attention_norm, attention, ffn_norm, ffn.
     """
 
     config: TransformerConfig
 
     @nn.compact
     def __call__(self, carry, layer, windowed, cos, sin, mask, length):
-        """(carry, index of this layer, does it use the window, None if all do) -> (carry, None)."""
+        """(carry, index of this layer, does it use the window (None: all do), ...) -> (carry, None)."""
         c = self.config
-        types = {"dtype": c.dtype, "param_dtype": c.param_dtype}
-        out_std = STD / math.sqrt(2 * c.layers)
         x, keys, values = carry
+        types: dict[str, Any] = {"dtype": c.dtype, "param_dtype": c.param_dtype}
+        out_init = normal(0.02 / math.sqrt(2 * c.layers))
         slot = None if keys is None else Slot(keys, values, layer, length)
-        attend = Attention(
-            c.heads, c.kv_heads, c.head_size, qkv_bias=c.qkv_bias, qk_norm=c.qk_norm, norm_eps=c.norm_eps,
-            window=c.window, out_std=out_std, implementation=c.attention, **types, name="attention",
-        )  # fmt: skip
-        y, slot = attend(RMSNorm(c.norm_eps, **types, name="attention_norm")(x), cos, sin, mask, slot, windowed)
+        normed = RMSNorm(c.norm_eps, **types, name="attention_norm")(x)
+        y, slot = Attention(
+            c.heads,
+            c.kv_heads,
+            c.head_size,
+            qkv_bias=c.qkv_bias,
+            qk_norm=c.qk_norm,
+            norm_eps=c.norm_eps,
+            window=c.window,
+            out_init=out_init,
+            implementation=c.attention,
+            **types,
+            name="attention",
+        )(normed, cos, sin, mask, slot, windowed)
         x = x + y
-        x = x + SwiGLU(c.ffn, out_std, **types, name="ffn")(RMSNorm(c.norm_eps, **types, name="ffn_norm")(x))
+        normed = RMSNorm(c.norm_eps, **types, name="ffn_norm")(x)
+        x = x + SwiGLU(c.ffn, out_init, **types, name="ffn")(normed)
         return (x, None, None) if slot is None else (x, slot.k, slot.v), None
-
-
-_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 class Transformer(nn.Module):
@@ -134,73 +146,93 @@ class Transformer(nn.Module):
 
     Parameters (a plain nested dict; the layers' carry a leading axis L):
       embed/embedding [V, D]
-      layers/attention_norm/scale [L, D], layers/attention/{q,k,v,o}/kernel [L, in, out] (+ {q,k,v}/bias,
-      {q,k}_norm/scale), layers/ffn_norm/scale [L, D], layers/ffn/{gate,up,down}/kernel
-      norm/scale [D]
-      unembed/kernel [D, V], unless the embeddings are tied
-    Initialisation: normal(0.02); o and down normal(0.02 / sqrt(2 L)) (Radford et al. 2019); norms 1, biases 0.
+      layers/attention_norm/scale [L, D]
+      layers/attention/{q,k,v,o}/kernel [L, in, out], with qkv_bias {q,k,v}/bias, with qk_norm
+      {q,k}_norm/scale layers/ffn_norm/scale [L, D] layers/ffn/{gate,up,down}/kernel [L, in, out] norm/scale
+      [D] unembed/kernel [D, V], unless the embeddings are tied
+    Initialisation: normal(0.02); o and down normal(0.02 / sqrt(2 L)), as GPT-2; norms 1, biases 0.
     """
 
     config: TransformerConfig
 
     @nn.compact
     def __call__(
-        self, tokens: jax.Array, *, positions: jax.Array | None = None, mask: Any = None, cache: Cache | None = None
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        mask: Mask | None = None,
+        cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None]:
-        """See `jaxrl.nets.language_model.LanguageModel.apply`."""
+        """See `apply` of `jaxrl.nets.language_model.LanguageModel`."""
         c = self.config
-        length = check(c, tokens, positions, cache)
+        written = check(c, tokens, positions, cache)
         if positions is None:
-            positions = jnp.broadcast_to((length + jnp.arange(tokens.shape[1]))[None], tokens.shape)
+            positions = jnp.broadcast_to((written + jnp.arange(tokens.shape[1]))[None], tokens.shape)
         mask = Causal() if mask is None else mask
         cos, sin = rotation(positions, c.head_size, base=c.rope_base, scaling=c.rope_scaling)
-        x = nn.Embed(c.vocab_size, c.width, dtype=jnp.dtype(c.dtype), param_dtype=jnp.dtype(c.param_dtype),
-                     embedding_init=nn.initializers.normal(STD), name="embed")(tokens)  # fmt: skip
+        dtypes: dict[str, Any] = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
+        x = nn.Embed(c.vocab_size, c.width, embedding_init=normal(0.02), **dtypes, name="embed")(tokens)
 
-        block = Block
-        if c.remat != "none":
-            block = nn.remat(Block, policy=_POLICIES[c.remat], prevent_cse=False)
+        each, same = 0, nn.broadcast
+        in_axes: Any = (each, each, same, same, same, same)
         layers = nn.scan(
-            block,
+            _remat(Block, c.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=in_axes,
             length=c.layers,
             unroll=c.unroll if cache is None else c.decode_unroll,
         )(c, name="layers")
         carry = (x, None, None) if cache is None else (x, cache.k, cache.v)
-        mixed = len(set(c.windowed)) == 2
-        steps = jnp.arange(c.layers), jnp.array(c.windowed) if mixed else None
-        (x, keys, values), _ = layers(carry, *steps, cos, sin, mask, length)
+        windowed = None
+        if c.window_layers is not None:
+            windowed = jnp.array([i in c.window_layers for i in range(c.layers)])
+        (x, keys, values), _ = layers(carry, jnp.arange(c.layers), windowed, cos, sin, mask, written)
         if not c.tie_embeddings:
             Kernel((c.width, c.vocab_size), c.param_dtype, name="unembed")()
         x = RMSNorm(c.norm_eps, c.dtype, c.param_dtype, name="norm")(x)
-        return x, None if cache is None else Cache(keys, values, length + tokens.shape[1])
+        if cache is not None:
+            cache = cache._replace(k=keys, v=values, length=cache.length + tokens.shape[1])
+        return x, cache
 
 
-def check(config: TransformerConfig, tokens: jax.Array, positions: jax.Array | None, cache: Cache | None):
-    """Check shapes and lengths at trace time; return the number of columns already written (0 without a cache)."""
+def _remat(block, name: str):
+    if name == "none":
+        return block
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if name == "dots" else None
+    return nn.remat(block, policy=policy, prevent_cse=False)
+
+
+def check(
+    config: TransformerConfig, tokens: jax.Array, positions: jax.Array | None, cache: Cache | None
+) -> int | jax.Array:
+    """Check shapes and lengths at trace time; return the columns written so far (0 without a cache)."""
     if tokens.ndim != 2:
-        raise ValueError(f"tokens have shape {tokens.shape}, expected [B, T]: add a batch axis with tokens[None]")
+        raise ValueError(f"tokens have shape {tokens.shape}, expected [B, T]: one sequence is tokens[None]")
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"tokens have dtype {tokens.dtype}, expected integers: token ids, not embeddings")
+        raise ValueError(f"tokens have dtype {tokens.dtype}, expected integers: token ids")
     if positions is not None and positions.shape != tokens.shape:
-        raise ValueError(f"positions have shape {positions.shape}, expected that of tokens [B, T] = {tokens.shape}")
+        raise ValueError(f"positions have shape {positions.shape}, expected tokens' [B, T] = {tokens.shape}")
     b, t = tokens.shape
+    if t > config.max_length:
+        raise ValueError(
+            f"{t} tokens exceed the config's max_length {config.max_length}: shorten them or raise it"
+        )
     if cache is None:
-        if t > config.max_length:
-            raise ValueError(f"{t} tokens are longer than the config's max_length {config.max_length}: shorten or raise it")
         return 0
     want = (config.layers, b, config.kv_heads, cache.k.shape[3], config.head_size)
     if cache.k.shape != want or cache.v.shape != want:
         raise ValueError(
-            f"the cache has keys {cache.k.shape} and values {cache.v.shape}, expected [L, B, K, S, Dh] = {want} for these "
-            "tokens and this config: make it with init_cache(batch, length) of the same model"
+            f"the cache has keys {cache.k.shape} and values {cache.v.shape}, expected "
+            f"[L, B, K, S, Dh] = {want} for these tokens and this config: "
+            "make it with the same model's init_cache(batch, length)"
         )
-    written = 0 if isinstance(cache.length, jax.core.Tracer) else int(cache.length)
+    # under jit the cursor is unknown: only the new columns can be checked
+    written = 0 if isinstance(cache.length, Tracer) else int(cache.length)
     if written + t > want[3]:
         raise ValueError(
-            f"{t} new tokens after {written} do not fit into a cache of {want[3]} columns: shorten the prompts, or make "
-            f"the cache at least {written + t} columns long"
+            f"{t} new tokens after {written} do not fit into a cache of {want[3]} columns: shorten the "
+            f"prompts, or make the cache at least {written + t} columns long"
         )
     return cache.length

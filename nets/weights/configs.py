@@ -25,7 +25,9 @@ def from_hugging_face(config: Mapping[str, Any], **changes) -> TransformerConfig
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act is {config['hidden_act']!r}, expected 'silu': the layers are SwiGLU")
     if kind != "qwen2" and (config.get("attention_bias") or config.get("mlp_bias")):
-        raise ValueError("attention_bias and mlp_bias are set, but only Qwen2's biases on q, k and v exist here")
+        raise ValueError(
+            "attention_bias and mlp_bias are set, but only Qwen2's biases on q, k and v exist here"
+        )
     base, scaling = _rope(config)
     fields = {
         "vocab_size": config["vocab_size"],
@@ -48,7 +50,7 @@ def from_hugging_face(config: Mapping[str, Any], **changes) -> TransformerConfig
 
 
 def _window(config: Mapping[str, Any]) -> dict[str, Any]:
-    """window and window_layers: Mistral slides in all layers, Qwen from `max_window_layers` on, if switched on."""
+    """window and window_layers: Mistral slides in all layers, Qwen in those from `max_window_layers` on."""
     window = config.get("sliding_window")
     if window is None or not config.get("use_sliding_window", config["model_type"] == "mistral"):
         return {}
@@ -83,6 +85,4 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
             options = {k: default if rope.get(k) is None else rope[k] for k, default in named.items()}
             return base, Yarn(rope["factor"], original, **options)
         case other:
-            raise ValueError(
-                f"rope type is {other!r}, expected default, linear, dynamic, llama3 or yarn: this variant is not here"
-            )
+            raise ValueError(f"rope type is {other!r}, expected default, linear, dynamic, llama3 or yarn")

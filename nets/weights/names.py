@@ -10,7 +10,7 @@ from jaxrl.nets.transformer import Transformer, TransformerConfig
 
 
 class Place(NamedTuple):
-    """Where a checkpoint tensor lives: our path, and whether it is stored [out, in] and must be transposed."""
+    """Where a checkpoint tensor lives: our path, and whether it is stored [out, in], to be transposed."""
 
     path: str
     transpose: bool = False

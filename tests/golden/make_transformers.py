@@ -1,4 +1,4 @@
-"""Write the golden values of tests/nets/test_golden.py: tiny random checkpoints and what they compute in torch.
+"""Write the golden values of tests/nets/test_golden.py: tiny random checkpoints and their torch logits.
 
 Run it in an environment of its own with torch and transformers (they are not dependencies of this project):
 
