@@ -409,6 +409,7 @@ def loss(
     Raises:
       ValueError: as `surrogate`, or a KL coefficient without a reference.
     """
+    log_probs = jnp.asarray(log_probs, jnp.float32)  # once: both terms' gradients meet in float32
     values, diagnostics = surrogate(
         log_probs,
         old_log_probs,

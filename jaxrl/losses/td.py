@@ -203,7 +203,7 @@ def _chosen(q, a):
     """q[a] along the last axis: [..., A], [...] -> [...]."""
     if jnp.shape(q)[:-1] != jnp.shape(a) or jnp.ndim(q) == 0:
         raise ValueError(
-            f"action values have shape {jnp.shape(q)} and actions {jnp.shape(a)}, expected [..., A] and [...]: "
+            f"action values have shape {jnp.shape(q)}, actions {jnp.shape(a)}, expected [..., A] and [...]: "
             "one action to each row of values"
         )
     return jnp.take_along_axis(jnp.asarray(q, jnp.float32), jnp.asarray(a)[..., None], axis=-1)[..., 0]

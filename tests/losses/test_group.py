@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,28 +43,76 @@ def to_jax(batch, mask, garbage=0.0):
     return [jnp.asarray(np.where(mask, batch[k], garbage), jnp.float32) for k in ("lp", "old", "ref")]
 
 
-@functools.lru_cache
-def totals(variant):
-    """Jitted (lp, old, ref, advantages, mask, segment_ids) -> ((total, weight), d total / d lp)."""
+class Result(NamedTuple):
+    """What `compute` returns: the reduced loss, its gradient in the log-probs, and what `group.loss`
+    returned."""
+
+    total: jax.Array
+    weight: jax.Array
+    grad: jax.Array
+    values: jax.Array
+    diagnostics: dict
+
+
+def uncompiled(variant):
+    """(lp, old, ref, advantages, mask, kl_coef, segment_ids) -> Result."""
     reduction = reduce.by_name(variant.reduction, length=oracle.LENGTH)
 
-    def f(lp, old, ref, advantages, mask, segment_ids=None):
-        values, _ = group.loss(lp, old, ref, advantages, mask, variant=variant, segment_ids=segment_ids)
-        return tuple(reduction(values, mask, segment_ids=segment_ids))
+    def total(lp, old, ref, advantages, mask, kl_coef, segment_ids):
+        values, diagnostics = group.loss(
+            lp, old, ref, advantages, mask, variant=variant, kl_coef=kl_coef, segment_ids=segment_ids
+        )
+        weighted = reduction(values, mask, segment_ids=segment_ids)
+        return weighted.total, (weighted, values, diagnostics)
 
-    def value_and_grad(lp, *rest):
-        (total, weight), pull_back = jax.vjp(lambda lp: f(lp, *rest), lp)
-        return (total, weight), pull_back((jnp.ones_like(total), jnp.zeros_like(weight)))[0]
+    def everything(lp, old, ref, advantages, mask, kl_coef=variant.kl_coef, segment_ids=None):
+        grad, (weighted, values, diagnostics) = jax.grad(total, has_aux=True)(
+            lp, old, ref, advantages, mask, jnp.float32(kl_coef), segment_ids
+        )
+        return Result(*weighted, grad, values, diagnostics)
 
-    return jax.jit(value_and_grad)
+    return everything
 
 
-def evaluate(variant, arrays, rewards, mask):
+@functools.lru_cache
+def compiled(variant):
+    return jax.jit(uncompiled(variant))
+
+
+def compute(variant):
+    """`uncompiled`, jitted once to a variant and a shape."""
+
+    def call(lp, old, ref, advantages, mask, kl_coef=variant.kl_coef, segment_ids=None):
+        return compiled(variant)(lp, old, ref, advantages, mask, jnp.float32(kl_coef), segment_ids)
+
+    return call
+
+
+@functools.lru_cache
+def advantages_of(variant):
+    return jax.jit(functools.partial(group.advantages, variant=variant))
+
+
+def prepare(name, seed=0):
+    """The arguments of `compute`, of all rows of a batch."""
+    batch, rewards, mask = make_batch(name, seed)
+    lp, old, ref = to_jax(batch, mask)
+    advantages = advantages_of(PRESETS[name])(rewards, mask, log_probs=old, ref_log_probs=ref)
+    return lp, old, ref, advantages, jnp.asarray(mask)
+
+
+def evaluate(variant, arrays, rewards, mask, kl_coef=None):
     """Mean loss of the whole batch and its gradient."""
     lp, old, ref = arrays
-    advantages = group.advantages(rewards, mask, variant=variant, log_probs=old, ref_log_probs=ref)
-    (total, weight), grad = totals(variant)(lp, old, ref, advantages, mask)
-    return total / weight, grad / weight
+    kl_coef = jnp.float32(variant.kl_coef if kl_coef is None else kl_coef)
+    advantages = advantages_of(variant)(rewards, mask, log_probs=old, ref_log_probs=ref, kl_coef=kl_coef)
+    result = compute(variant)(lp, old, ref, advantages, mask, kl_coef)
+    return result.total / result.weight, result.grad / result.weight
+
+
+def without_mirror_term(variant):
+    """Kimi's squared log-ratio is a KL by another name: switched off where no KL is wanted."""
+    return dataclasses.replace(variant, tau=0.0) if variant.form == "mirror" else variant
 
 
 def assert_close(actual, expected, **kwargs):
@@ -96,45 +145,31 @@ def test_nothing_under_the_mask_matters(name):
 
 @every_row
 def test_micro_batches_add_up(name):
-    batch, rewards, mask = make_batch(name)
-    variant, (lp, old, ref) = PRESETS[name], to_jax(batch, mask)
-    advantages = group.advantages(rewards, mask, variant=variant, log_probs=old, ref_log_probs=ref)
-    whole, grad = totals(variant)(lp, old, ref, advantages, mask)
-    parts, grads = [], []
-    for start in range(0, ROWS, 2):
-        rows = slice(start, start + 2)
-        part, part_grad = totals(variant)(*(x[rows] for x in (lp, old, ref, advantages, jnp.asarray(mask))))
-        parts.append(part)
-        grads.append(part_grad)
-    assert_close(np.sum(parts, axis=0), whole)
-    assert_close(np.concatenate(grads), grad)
+    arrays = prepare(name)
+    whole = compute(PRESETS[name])(*arrays)
+    parts = [compute(PRESETS[name])(*(x[i : i + 2] for x in arrays)) for i in range(0, ROWS, 2)]
+    assert_close(sum(part.total for part in parts), whole.total)
+    assert sum(part.weight for part in parts) == whole.weight
+    assert_close(np.concatenate([part.grad for part in parts]), whole.grad)
 
 
 @every_row
 def test_eight_devices_add_up(name):
-    batch, rewards, mask = make_batch(name)
-    variant, (lp, old, ref) = PRESETS[name], to_jax(batch, mask)
-    advantages = group.advantages(rewards, mask, variant=variant, log_probs=old, ref_log_probs=ref)
-    shift = jnp.float32(0.01)  # one shared parameter, so that the gradient is a sum over devices
+    lp, *rest = prepare(name)
+    shift = 0.01  # one parameter that all devices share, so that its gradient is a sum over them
 
-    def shard(lp, old, ref, advantages, mask):
-        def f(shift):
-            (total, weight), grad = totals(variant)(lp + shift, old, ref, advantages, mask)
-            return total, weight, grad.sum()
+    def sums(lp, *rest):
+        result = compute(PRESETS[name])(lp + shift, *rest)
+        return result.total, result.weight, result.grad.sum()
 
-        return f(shift)
-
-    arrays = (lp, old, ref, advantages, jnp.asarray(mask))
-    (total, weight), grad = totals(variant)(lp + shift, *arrays[1:])
-    assert_close(psum_over_shards(shard, *arrays), [total, weight, grad.sum()])
+    assert_close(psum_over_shards(sums, lp, *rest), sums(lp, *rest))
 
 
 @every_row
 def test_packed_rows_give_the_same(name):
-    batch, rewards, mask = make_batch(name)
-    variant, (lp, old, ref) = PRESETS[name], to_jax(batch, mask)
-    advantages = group.advantages(rewards, mask, variant=variant, log_probs=old, ref_log_probs=ref)
-    whole, grad = totals(variant)(lp, old, ref, advantages, mask)
+    arrays = prepare(name)
+    mask = np.asarray(arrays[-1])
+    whole = compute(PRESETS[name])(*arrays)
 
     layout = [[0, 1], [2, 3, 5], [6, 7]]  # row 4 is empty
     ends = {i: np.flatnonzero(mask[i])[-1] + 1 for row in layout for i in row}
@@ -147,75 +182,65 @@ def test_packed_rows_give_the_same(name):
             out[r, : len(joined)] = joined
         return jnp.asarray(out)
 
-    ids = pack(np.arange(1, ROWS + 1)[:, None] * np.ones((1, COLUMNS), np.int32), 0).astype(jnp.int32)
-    packed, packed_grad = totals(variant)(
-        pack(lp, np.nan), pack(old, np.nan), pack(ref, np.nan), pack(advantages, 0), pack(mask, False), ids
-    )
-    assert_close(packed, whole)
-    assert_close(packed_grad, pack(grad, 0.0))
+    ids = pack(np.arange(1, ROWS + 1, dtype=np.int32)[:, None] * np.ones((1, COLUMNS), np.int32), 0)
+    fills = (np.nan, np.nan, np.nan, 0.0, False)
+    packed = compute(PRESETS[name])(*map(pack, arrays, fills), segment_ids=ids)
+    assert_close(packed.total, whole.total)
+    assert packed.weight == whole.weight
+    assert_close(packed.grad, pack(whole.grad, 0.0))
 
 
 @every_row
 def test_on_policy_the_ratio_is_one_and_the_gradient_is_the_policy_gradient(name):
     batch, rewards, mask = make_batch(name)
-    variant = dataclasses.replace(PRESETS[name], kl_coef=0.0)
-    lp = to_jax(batch, mask)[0]
-    advantages = np.asarray(group.advantages(rewards, mask, variant=variant))
-    values, diagnostics = group.loss(lp, lp, None, advantages, mask, variant=variant)
-    assert (diagnostics["ratio"] == 1.0).all()
-    assert not diagnostics["kl_old"].any() and not diagnostics["clipped_high"].any()
+    variant, lp = PRESETS[name], to_jax(batch, mask)[0]
+    advantages = advantages_of(variant)(rewards, mask, log_probs=lp, ref_log_probs=lp)
+    result = compute(variant)(lp, lp, lp, advantages, mask, 0.0)
+    assert (np.asarray(result.diagnostics["ratio"]) == 1.0).all()
+    assert not result.diagnostics["kl_old"].any() and not result.diagnostics["clipped_high"].any()
 
-    (_, weight), grad = totals(variant)(lp, lp, lp, advantages, mask)
     lengths = np.maximum(mask.sum(1, keepdims=True), 1)
-    of_a_token = {"tokens": 1.0, "sequences": 1.0 / lengths, "constant": 1.0 / oracle.LENGTH}[
-        variant.reduction
-    ]
-    if variant.level == "sequence_sum":
-        of_a_token = 1.0
-    assert_close(grad / weight, -advantages * of_a_token / weight)
-
+    of_a_token = {"tokens": 1.0, "sequences": 1.0 / lengths, "constant": 1.0 / oracle.LENGTH}
+    weight = 1.0 if variant.level == "sequence_sum" else of_a_token[variant.reduction]
+    assert_close(result.grad, -np.asarray(advantages) * weight)
     if variant.form == "clip":
-        assert_close(values, -advantages)
-    without_old, _ = jax.value_and_grad(
-        lambda lp: group.loss(lp, None, None, advantages, mask, variant=variant)[0].sum()
-    )(lp)
-    with_old = group.loss(lp, lp, None, advantages, mask, variant=variant)[0].sum()
-    assert_close(without_old, with_old)
+        assert_close(result.values, -np.asarray(advantages))
+
+    without_old = uncompiled(variant)(lp, None, lp, advantages, mask, 0.0)
+    assert_close(without_old.grad, result.grad)
 
 
 @every_row
 def test_old_reference_and_advantages_are_constants(name):
-    batch, rewards, mask = make_batch(name)
-    variant = dataclasses.replace(PRESETS[name], kl_in_reward=False, kl_coef=0.5)
-    advantages = group.advantages(rewards, mask, variant=variant)
+    lp, old, ref, advantages, mask = prepare(name)
+    batch, rewards, _ = make_batch(name)
 
     def f(old, ref, advantages):
-        lp = to_jax(batch, mask)[0]
-        return group.loss(lp, old, ref, advantages, mask, variant=variant)[0].sum()
+        given = group.advantages(rewards, mask, variant=PRESETS[name], log_probs=old, ref_log_probs=ref)
+        return uncompiled(PRESETS[name])(lp, old, ref, advantages + given, mask, 0.5).total
 
-    for grad in jax.grad(f, (0, 1, 2))(*to_jax(batch, mask)[1:], advantages):
+    for grad in jax.grad(f, (0, 1, 2))(old, ref, advantages):
         assert not grad.any()
 
 
 @every_row
 def test_the_reference_reaches_the_gradient(name):
     batch, rewards, mask = make_batch(name)
-    variant = dataclasses.replace(PRESETS[name], kl_coef=0.5)
     lp, old, ref = to_jax(batch, mask)
-    _, near = evaluate(variant, (lp, old, ref), rewards, mask)
-    _, far = evaluate(variant, (lp, old, ref - 1.0 * (ref < old)), rewards, mask)
+    _, near = evaluate(PRESETS[name], (lp, old, ref), rewards, mask, kl_coef=0.5)
+    _, far = evaluate(PRESETS[name], (lp, old, ref - 1.0 * (ref < old)), rewards, mask, kl_coef=0.5)
     assert np.abs(np.asarray(near - far)).max() > 1e-3
 
 
 @every_row
 def test_equal_rewards_give_exactly_no_gradient(name):
     batch, _, mask = make_batch(name)
-    variant = dataclasses.replace(PRESETS[name], kl_coef=0.0, tau=0.0)
-    _, grad = evaluate(variant, to_jax(batch, mask), np.full((4, 2), 0.1), mask)
+    variant = without_mirror_term(PRESETS[name])
+    _, grad = evaluate(variant, to_jax(batch, mask), np.full((4, 2), 0.1), mask, kl_coef=0.0)
     assert not grad.any()
     if not variant.whiten:  # a group whose answers are equal among others that are not
         rewards = np.array([[0.1, 0.1], [0.0, 1.0], [1.0, 0.0], [0.7, 0.7]])
-        _, grad = evaluate(variant, to_jax(batch, mask), rewards, mask)
+        _, grad = evaluate(variant, to_jax(batch, mask), rewards, mask, kl_coef=0.0)
         assert not grad[:2].any() and not grad[6:].any() and grad[2:6].any()
 
 
@@ -224,20 +249,19 @@ def test_an_empty_batch_is_zero_and_finite(name):
     batch, rewards, mask = make_batch(name)
     nothing = np.zeros_like(mask)
     lp, old, ref = to_jax(batch, mask, np.nan)
-    variant = PRESETS[name]
-    advantages = group.advantages(rewards, nothing, variant=variant, log_probs=old, ref_log_probs=ref)
-    (total, weight), grad = totals(variant)(lp, old, ref, advantages, nothing)
-    assert total == 0.0 and weight == 0.0 and not grad.any()
-    assert reduce.Weighted(total, weight).mean == 0.0
+    advantages = advantages_of(PRESETS[name])(rewards, nothing, log_probs=old, ref_log_probs=ref)
+    result = compute(PRESETS[name])(lp, old, ref, advantages, nothing)
+    assert result.total == 0.0 and result.weight == 0.0 and not result.grad.any()
+    assert reduce.Weighted(result.total, result.weight).mean == 0.0
 
 
 @every_row
 def test_an_answer_without_reward_has_no_gradient(name):
     batch, rewards, mask = make_batch(name)
-    variant = dataclasses.replace(PRESETS[name], kl_coef=0.0, tau=0.0)
     rewards = rewards.copy()
     rewards[0, 1] = np.nan
-    value, grad = evaluate(variant, to_jax(batch, mask), rewards, mask)
+    arrays = to_jax(batch, mask)
+    value, grad = evaluate(without_mirror_term(PRESETS[name]), arrays, rewards, mask, kl_coef=0.0)
     assert np.isfinite(value) and np.isfinite(grad).all()
     assert not grad[1].any()
     assert grad[3].any()
@@ -245,83 +269,61 @@ def test_an_answer_without_reward_has_no_gradient(name):
 
 @every_row
 def test_bfloat16_is_computed_in_float32(name):
-    batch, rewards, mask = make_batch(name)
-    rounded = [x.astype(jnp.bfloat16) for x in to_jax(batch, mask)]
-    variant = PRESETS[name]
-    expected, expected_grad = evaluate(variant, [x.astype(jnp.float32) for x in rounded], rewards, mask)
-    value, grad = evaluate(variant, rounded, rewards, mask)
-    assert value.dtype == jnp.float32
-    assert_close(value, expected, rtol=1e-6)
-    assert grad.dtype == jnp.bfloat16 or grad.dtype == jnp.float32
-    assert_close(
-        np.float32(grad), np.float32(expected_grad), rtol=2e-2, atol=1e-3
-    )  # 8 bits of the input's type
+    lp, old, ref, advantages, mask = prepare(name)
+    rounded = [x.astype(jnp.bfloat16) for x in (lp, old, ref)]
+    expected = compute(PRESETS[name])(*(x.astype(jnp.float32) for x in rounded), advantages, mask)
+    actual = uncompiled(PRESETS[name])(*rounded, advantages, mask)
+    assert actual.values.dtype == actual.total.dtype == jnp.float32
+    assert_close(actual.total, expected.total)
+    assert_close(actual.values, expected.values)
+    assert actual.grad.dtype == jnp.bfloat16  # rounded once, on the way out, to 8 bits
+    assert_close(np.float32(actual.grad), expected.grad, rtol=2**-8)
 
 
 @every_row
 def test_vmap_is_a_loop(name):
-    variant = PRESETS[name]
-    inputs = []
-    for seed in (0, 1):
-        batch, rewards, mask = make_batch(name, seed)
-        lp, old, ref = to_jax(batch, mask)
-        advantages = group.advantages(rewards, mask, variant=variant, log_probs=old, ref_log_probs=ref)
-        inputs.append((lp, old, ref, advantages, jnp.asarray(mask)))
-    together = jax.vmap(lambda *x: group.loss(*x, variant=variant)[0])(
-        *map(jnp.stack, zip(*inputs, strict=True))
-    )
-    for one, arguments in zip(together, inputs, strict=True):
-        assert_close(one, group.loss(*arguments, variant=variant)[0])
+    inputs = [prepare(name, seed) for seed in (0, 1)]
+    together = jax.vmap(uncompiled(PRESETS[name]))(*map(jnp.stack, zip(*inputs, strict=True)))
+    for i, arrays in enumerate(inputs):
+        alone = compute(PRESETS[name])(*arrays)
+        assert_close(together.values[i], alone.values)
+        assert_close(together.grad[i], alone.grad)
 
 
 @every_row
 def test_absurd_log_ratios_stay_finite(name):
-    variant = dataclasses.replace(PRESETS[name], kl_coef=0.0, tau=1e-6)
-    lp, old = jnp.array([[-1.0, -300.0], [-400.0, -1.0]]), jnp.array([[-200.0, -1.0], [-1.0, -500.0]])
-    mask = jnp.ones((2, 2))
-
-    def f(lp):
-        return group.loss(lp, old, None, jnp.array([1.0, -1.0]), mask, variant=variant)[0].sum()
-
-    value, grad = jax.value_and_grad(f)(lp)
-    assert np.isfinite(value) and np.isfinite(grad).all()
+    *_, advantages, mask = prepare(name)
+    lp = jnp.where(np.arange(COLUMNS) % 2, -1.0, -500.0)[None] * jnp.ones((ROWS, 1))
+    result = compute(PRESETS[name])(lp, lp[:, ::-1], lp, advantages, mask, 0.0)
+    assert np.isfinite(result.values).all() and np.isfinite(result.grad).all()
 
 
 @every_clip
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_the_clip_holds_on_the_side_that_the_advantage_pushes_to(name, sign):
-    variant = PRESETS[name]
-    low, high = variant.clip_low, variant.clip_high
-    ratios = np.array([1 - 1.5 * low, 1 - 0.5 * low, 1 + 0.5 * high, 1 + 1.5 * high])
-    old = jnp.full((4, 1), -1.0)
+    """One token to a sequence, so that token and sequence are the same, and four ratios around the clip."""
+    low, high = PRESETS[name].clip_low, PRESETS[name].clip_high
+    ratios = np.array([1 - 1.5 * low, 1 - 0.5 * low, 1 + 0.5 * high, 1 + 1.5 * high] * 2)
+    old, mask = jnp.full((ROWS, COLUMNS), -1.0), np.arange(COLUMNS) < np.ones((ROWS, 1))
     lp = old + jnp.log(jnp.float32(ratios))[:, None]
-    advantages = jnp.full(4, sign)
-    mask = jnp.ones((4, 1), bool)
-
-    def f(lp):
-        values, diagnostics = group.loss(lp, old, None, advantages, mask, variant=variant, kl_coef=0.0)
-        return values.sum(), diagnostics
-
-    grad, diagnostics = jax.grad(f, has_aux=True)(lp)
+    result = compute(PRESETS[name])(lp, old, old, jnp.full(old.shape, sign), mask, 0.0)
+    grad = np.asarray(result.grad)[:4, 0]
     held = np.array([sign < 0, False, False, sign > 0])
-    assert ((np.asarray(grad)[:, 0] == 0.0) == held).all()
-    assert_close(grad[:, 0], np.where(held, 0.0, -sign * ratios), rtol=1e-4)
-    assert diagnostics["clipped_low"][:, 0].tolist() == [sign < 0, 0, 0, 0]
-    assert diagnostics["clipped_high"][:, 0].tolist() == [0, 0, 0, sign > 0]
+    assert ((grad == 0.0) == held).all()
+    scale = oracle.LENGTH if name == "dr_grpo" else 1.0
+    assert_close(grad, np.where(held, 0.0, -sign * ratios[:4] / scale), rtol=1e-4)
+    assert result.diagnostics["clipped_low"][:4, 0].tolist() == [sign < 0, 0, 0, 0]
+    assert result.diagnostics["clipped_high"][:4, 0].tolist() == [0, 0, 0, sign > 0]
 
 
 @pytest.mark.parametrize("name, bound", [("grpo", 0.012), ("dapo", 0.0128)])
 def test_a_rare_token_stops_growing_at_the_clip(name, bound):
-    """A token of probability 0.01 with A > 0: no gradient above 0.012, with DAPO's clip-higher above
-    0.0128."""
-    p = np.array([0.01, 0.0119, 0.01201, 0.0127, 0.01281, 0.5])
-    lp, old = jnp.log(jnp.float32(p))[:, None], jnp.full((6, 1), np.log(0.01))
-    grad = jax.grad(
-        lambda lp: group.loss(
-            lp, old, None, jnp.ones(6), jnp.ones((6, 1)), variant=PRESETS[name], kl_coef=0.0
-        )[0].sum()
-    )(lp)
-    assert ((grad[:, 0] == 0.0) == (p > bound)).all()
+    """Probability 0.01 and A > 0: no gradient above 0.012, with DAPO's clip-higher above 0.0128."""
+    p = np.array([0.01, 0.0119, 0.01201, 0.0127, 0.01281, 0.5, 0.01, 0.01])
+    lp = jnp.log(jnp.float32(p))[:, None] * jnp.ones((1, COLUMNS))
+    old = jnp.full((ROWS, COLUMNS), np.log(0.01))
+    result = compute(PRESETS[name])(lp, old, old, jnp.ones(old.shape), np.ones(old.shape, bool), 0.0)
+    assert ((np.asarray(result.grad)[:, 0] == 0.0) == (p > bound)).all()
 
 
 def test_cispo_keeps_the_gradient_that_ppo_drops():
