@@ -1,0 +1,64 @@
+"""A run's numbers: one JSON object a line, `group/name` keys, one step axis; and what the names mean."""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+GLOSSARY = {
+    "reward/mean": "mean reward of the step's completions",
+    "reward/std": "mean over prompts of the standard deviation inside a group",
+    "reward/zero_std": "fraction of groups whose rewards are all equal, which teach nothing",
+    "policy/entropy": "mean entropy of the next-token distribution, nats",
+    "policy/kl": "mean of the named estimator of KL(policy || reference) per token, nats",
+    "policy/ratio_mean": "mean of new / old probability; exactly 1 on policy",
+    "policy/ratio_max": "largest ratio of the step, before clipping",
+    "policy/clip_low": "fraction of tokens whose ratio was clipped below (negative advantage)",
+    "policy/clip_high": "fraction of tokens whose ratio was clipped above (positive advantage)",
+    "completion/length": "mean completion length in tokens, the EOS included",
+    "completion/truncated": "fraction of completions that hit the token limit",
+    "sampler/log_prob_gap": "mean |trainer - sampler| log-prob of the same token: rounding, when all is well",
+    "train/loss": "surrogate loss; near 0 is expected on policy, so watch reward and KL instead",
+    "train/grad_norm": "global gradient norm before clipping",
+    "train/skipped": "updates skipped so far because something was not finite",
+    "train/target_probability": "mean probability of the token to be learnt",
+    "eval/accuracy": "fraction of held-out problems answered exactly, greedy decoding",
+    "throughput/tokens": "tokens trained on in the step",
+    "throughput/tokens_per_second": "the same over the time of the chunk, compilation apart",
+}
+"""What each metric says; printed by `jaxrl env --metrics`."""
+
+
+class MetricsLog:
+    """Appends to `metrics.jsonl`; on resume the lines after the restored step are dropped."""
+
+    def __init__(self, path: str | os.PathLike, *, after_step: int = 0):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read(self.path) if row["step"] <= after_step] if self.path.exists() else []
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.replace(self.path)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends one line; a number that JSON cannot hold is written as null."""
+        row = {"step": step, **{name: _plain(value) for name, value in metrics.items()}}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read(path: str | os.PathLike) -> Iterator[dict]:
+    """Rows of a `metrics.jsonl`; a last line cut off by a kill is left out."""
+    lines = Path(path).read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except ValueError:
+            if number < len(lines):
+                raise ValueError(f"{path}:{number}: not a JSON object: {line[:80]!r}") from None
+
+
+def _plain(value) -> float | None:
+    value = float(value)
+    return value if math.isfinite(value) else None

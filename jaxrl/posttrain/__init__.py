@@ -1,0 +1,1 @@
+"""Post-training of language models: samplers, rewards and pure steps."""

@@ -1,0 +1,279 @@
+"""GRPO and its family: sample a group of completions for each prompt, score them, and learn from the differences.
+
+`sample`, a reward and `learn` make an iteration. With a reward in JAX the three are one program (`fused`); a Python
+reward runs between two (`hosted`). Both are built from the same functions, so they do the same.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl.losses import group as family
+from jaxrl.losses import reduce
+from jaxrl.nets.language_model import LanguageModel
+from jaxrl.posttrain import update
+from jaxrl.posttrain.rollout import Sampling, completion_log_probs, rollout
+from jaxrl.types import Finish, Prompts, Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOConfig:
+    """One iteration of the GRPO family. What is None is taken from the variant's row of the table."""
+
+    variant: str = "grpo"
+    """Row of losses.group.PRESETS: grpo, dr_grpo, dapo, gspo, gspo_token, cispo, rloo, reinforce_pp, kimi, ..."""
+    prompts: int = 32
+    """Prompts per iteration."""
+    group: int = 8
+    """Completions for each prompt."""
+    epochs: int = 1
+    """Passes over each iteration's completions."""
+    minibatches: int = 1
+    """Updates per pass."""
+    micro_batches: int = 1
+    """Parts in which each update's gradient is computed; it is the same gradient in less memory."""
+    kl_coef: float | None = None
+    """Weight of the KL to the parameters the run began with; 0 keeps no reference."""
+    kl: str | None = None
+    """KL estimator: k1, k2, k3 or k3_ratio; see losses.kl for their gradients."""
+    clip_low: float | None = None
+    """Clip of the ratio below, as a distance from 1."""
+    clip_high: float | None = None
+    """Clip of the ratio above, as a distance from 1 (DAPO's clip-higher)."""
+    scale: str | None = None
+    """What divides the advantages: std, none or batch."""
+    reduction: str | None = None
+    """How token losses are averaged: tokens, sequences or constant."""
+    mask_truncated: bool = False
+    """Leave completions that hit the token limit out of the loss (DAPO's overlong filtering)."""
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    """How completions are drawn."""
+
+    def __post_init__(self):
+        if self.variant not in family.PRESETS:
+            raise ValueError(f"variant is {self.variant!r}; expected one of {', '.join(family.PRESETS)}")
+        if self.group < 2 and self.row.baseline != "none":
+            raise ValueError(
+                f"group is {self.group}; {self.variant} compares the completions of a prompt and needs at least 2 of them"
+            )
+        if self.sampling.temperature == 0:
+            raise ValueError(
+                "sampling temperature is 0; greedy completions of a group are all equal and teach nothing"
+            )
+        for name, divisor in (("minibatches", self.minibatches), ("micro_batches", self.micro_batches)):
+            if divisor < 1 or self.prompts * self.group // self.minibatches % divisor:
+                raise ValueError(
+                    f"{name} is {divisor}; it must divide the {self.prompts} x {self.group} completions of an iteration"
+                )
+
+    @property
+    def row(self) -> family.Variant:
+        """The variant with this config's own values put in."""
+        own = {
+            name: getattr(self, name)
+            for name in ("kl_coef", "kl", "clip_low", "clip_high", "scale", "reduction")
+        }
+        given = {name: value for name, value in own.items() if value is not None}
+        return dataclasses.replace(family.PRESETS[self.variant], **given)
+
+
+@flax.struct.dataclass
+class Problems:
+    """Prompts and what their reward needs to know.
+
+    `prompts`: of `N` problems. `answers`: a pytree whose leaves have a leading axis `N`, handed to the reward.
+    """
+
+    prompts: Prompts
+    answers: Any
+
+
+class GRPO(NamedTuple):
+    """The pure functions of a run.
+
+    init: `(key, params) -> TrainState`; the reference is a copy of `params` where the KL has a weight.
+    sample: `(state, prompts [N]) -> (Rollout of prompts * group rows, rows [prompts] drawn from the N)`.
+    learn: `(state, rollout, rewards [prompts * group]) -> (state, metrics)`; advances `state.step`.
+    """
+
+    init: Callable
+    sample: Callable
+    learn: Callable
+
+
+def make(
+    config: GRPOConfig,
+    model: LanguageModel,
+    optimizer: optax.GradientTransformation,
+    *,
+    eos_id: int,
+    pad_id: int,
+    stop: tuple[tuple[int, ...], ...] = (),
+    max_grad_norm: float = 1.0,
+    constrain: Callable = lambda batch: batch,
+) -> GRPO:
+    """Builds the functions of a run.
+
+    Args:
+      config: sizes and the variant.
+      model: four functions; see `LanguageModel`.
+      optimizer: from `update.make_optimizer`, or any optax transformation.
+      eos_id, pad_id, stop: see `rollout`.
+      max_grad_norm: global norm above which the gradient is scaled down; 0 leaves it.
+      constrain: puts a batch pytree onto the mesh (`parallel.shard_batch`); the identity on one device.
+    """
+    row = config.row
+    reduction = reduce.by_name(row.reduction, length=config.sampling.max_tokens)
+    updates = config.epochs * config.minibatches
+    log_probs_of = lambda params, completions: completion_log_probs(
+        model, params, completions, temperature=config.sampling.temperature
+    )
+
+    def init(key, params):
+        reference = jax.tree.map(jnp.copy, params) if row.kl_coef else None
+        return update.init_state(params, optimizer, key, reference=reference)
+
+    def sample(state, prompts: Prompts):
+        rows = update.epoch_batch(
+            state.key, state.step, batch=config.prompts, examples=prompts.tokens.shape[0]
+        )
+        completions = rollout(
+            model,
+            state.params,
+            constrain(jax.tree.map(lambda x: x[rows], prompts)),
+            _step_key(state, 0),
+            sampling=config.sampling,
+            eos_id=eos_id,
+            pad_id=pad_id,
+            samples=config.group,
+            stop=stop,
+        )
+        return constrain(completions), rows
+
+    def loss(params, part):
+        log_probs, entropy = log_probs_of(params, part["rollout"])
+        mask = part["mask"]
+        values, diagnostics = family.loss(
+            log_probs, part["old"], part["reference"], part["advantages"], mask, variant=row
+        )
+        gap = jnp.abs(log_probs - part["rollout"].behaviour_log_probs)
+        watched = {
+            "policy/entropy": entropy,
+            "policy/ratio_mean": diagnostics["ratio"],
+            "policy/clip_low": diagnostics["clipped_low"],
+            "policy/clip_high": diagnostics["clipped_high"],
+            "sampler/log_prob_gap": gap,
+        }
+        if part["reference"] is not None:
+            watched["policy/kl"] = diagnostics["kl_ref"]
+        watched = {name: reduce.tokens(jax.lax.stop_gradient(value), mask) for name, value in watched.items()}
+        return reduction(values, mask), watched
+
+    def learn(state, completions: Rollout, rewards):
+        rewards = rewards.reshape(config.prompts, config.group)
+        mask = completions.mask
+        if config.mask_truncated:
+            mask = mask * (completions.finish != Finish.LENGTH)[:, None]
+        old = (
+            log_probs_of(state.params, completions)[0]
+            if updates > 1 or (row.kl_coef and row.kl_in_reward)
+            else None
+        )
+        reference = log_probs_of(state.reference, completions)[0] if row.kl_coef else None
+        advantages = family.advantages(rewards, mask, variant=row, log_probs=old, ref_log_probs=reference)
+        batch = {
+            "rollout": completions,
+            "mask": mask,
+            "advantages": advantages,
+            "old": old if updates > 1 else None,
+            "reference": None if row.kl_in_reward else reference,
+        }
+
+        def one(state, part):
+            value, watched, gradient = update.value_and_grad(
+                loss, state.params, part, micro_batches=config.micro_batches
+            )
+            state, trained = update.apply_gradients(
+                state, gradient, value, optimizer, max_grad_norm=max_grad_norm
+            )
+            return state, {**watched, **trained}
+
+        if updates == 1:
+            state, metrics = one(state, batch)
+        else:
+            order = _shuffles(_step_key(state, 1), config, rows=mask.shape[0])
+            state, stacked = jax.lax.scan(
+                lambda state, rows: one(state, jax.tree.map(lambda x: x[rows], batch)), state, order
+            )
+            metrics = {
+                name: values[-1] if name == "train/skipped" else values.mean()
+                for name, values in stacked.items()
+            }
+        metrics |= summary(completions, rewards)
+        return state.replace(step=state.step + 1), metrics
+
+    return GRPO(init, sample, learn)
+
+
+def summary(completions: Rollout, rewards: jax.Array) -> dict[str, jax.Array]:
+    """What an iteration's completions look like: rewards `[P, G]` (NaN: none given) and lengths."""
+    known = ~jnp.isnan(rewards)
+    spread = jnp.nanstd(rewards, axis=1)
+    return {
+        "reward/mean": jnp.where(known, rewards, 0.0).sum() / jnp.maximum(known.sum(), 1),
+        "reward/std": jnp.nan_to_num(spread).mean(),
+        "reward/zero_std": (jnp.nan_to_num(spread) == 0).mean(),
+        "completion/length": completions.lengths.mean(),
+        "completion/truncated": (completions.finish == Finish.LENGTH).mean(),
+        "throughput/tokens": completions.lengths.sum().astype(jnp.float32),
+    }
+
+
+def fused(grpo: GRPO, reward: Callable[[Rollout, Any], jax.Array], config: GRPOConfig) -> Callable:
+    """One iteration as one pure function `(state, Problems) -> (state, metrics)`.
+
+    Args:
+      grpo: from `make`.
+      reward: `(rollout of B rows, answers of B rows) -> [B]`, traceable.
+      config: that of `make`.
+    """
+
+    def step(state, problems: Problems):
+        completions, rows = grpo.sample(state, problems.prompts)
+        answers = jax.tree.map(lambda x: jnp.repeat(x[rows], config.group, axis=0), problems.answers)
+        return grpo.learn(state, completions, reward(completions, answers))
+
+    return step
+
+
+def hosted(grpo: GRPO, reward: Callable[[Rollout, Any], Any]) -> Callable:
+    """The same iteration with Python between two programs; for `loop.run(..., jit=False)`.
+
+    Args:
+      grpo: from `make`.
+      reward: `(rollout on the host, rows [prompts] of the problems) -> [B]` numbers, NaN where there is none.
+    """
+    sample, learn = jax.jit(grpo.sample), jax.jit(grpo.learn, donate_argnums=0)
+
+    def step(state, problems: Problems):
+        completions, rows = sample(state, problems.prompts)
+        rewards = reward(jax.device_get(completions), jax.device_get(rows))
+        return learn(state, completions, jnp.asarray(rewards, jnp.float32))
+
+    return step
+
+
+def _step_key(state: update.TrainState, use: int) -> jax.Array:
+    """A key of its own for each step and use; the permutations of `epoch_batch` use the epoch's number instead."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(state.key, 1 << 30), state.step), use)
+
+
+def _shuffles(key: jax.Array, config: GRPOConfig, *, rows: int) -> jax.Array:
+    """Rows of each update, `[epochs * minibatches, rows / minibatches]`: every pass a fresh permutation."""
+    orders = jax.vmap(lambda k: jax.random.permutation(k, rows))(jax.random.split(key, config.epochs))
+    return orders.reshape(config.epochs * config.minibatches, rows // config.minibatches)

@@ -1,0 +1,253 @@
+"""The sampler: prefill once, then one jitted decode loop over a KV cache.
+
+All rows share the column that is being written, so a step writes the cache in place; prompts are padded on the left and
+positions start at 0 on a row's first real token. The loop leaves as soon as every row has ended.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl.kernels.attention import Causal, Segments
+from jaxrl.kernels.log_probs import select_log_probs, token_log_probs
+from jaxrl.nets.language_model import LanguageModel
+from jaxrl.types import Finish, Prompts, Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. The filters act in the order of the fields."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 is greedy."""
+    top_k: int = 0
+    """Keep the k most probable tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens that holds this much probability (nucleus, arXiv 1904.09751)."""
+    min_p: float = 0.0
+    """Keep tokens of at least this fraction of the top token's probability (arXiv 2407.01082)."""
+    max_tokens: int = 64
+    """Completion width `C`: the budget of new tokens, the EOS included."""
+
+    def __post_init__(self):
+        limits = {
+            "temperature": (self.temperature >= 0, ">= 0 (0 is greedy)"),
+            "top_k": (self.top_k >= 0, ">= 0 (0 keeps all tokens)"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+            "min_p": (0 <= self.min_p < 1, "in [0, 1)"),
+            "max_tokens": (self.max_tokens >= 1, ">= 1"),
+        }
+        for name, (valid, expected) in limits.items():
+            if not valid:
+                raise ValueError(f"sampling {name} is {getattr(self, name)}; expected {expected}")
+
+    @property
+    def filters(self) -> bool:
+        """Whether the sampled distribution differs from the model's own."""
+        return self != Sampling(max_tokens=self.max_tokens)
+
+
+def behaviour_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Logits of the distribution that is sampled from.
+
+    Args:
+      logits: `[..., V]`, any float type.
+      sampling: temperature, then top-k, then top-p, then min-p. Ties at the top-k and top-p borders are kept.
+
+    Returns:
+      `[..., V]` float32, -inf where a token cannot be drawn. Greedy keeps only the first of the largest logits.
+    """
+    logits = logits.astype(jnp.float32)
+    vocabulary = logits.shape[-1]
+    if sampling.temperature == 0:
+        best = jnp.argmax(logits, axis=-1, keepdims=True)
+        return jnp.where(jnp.arange(vocabulary) == best, logits, -jnp.inf)
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < vocabulary:
+        kth = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
+        logits = jnp.where(logits >= kth, logits, -jnp.inf)
+    if sampling.top_p < 1:
+        descending = -jnp.sort(-logits, axis=-1)
+        probabilities = jax.nn.softmax(descending, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        last = jnp.where(before < sampling.top_p, descending, jnp.inf).min(-1, keepdims=True)
+        logits = jnp.where(logits >= last, logits, -jnp.inf)
+    if sampling.min_p > 0:
+        cut = logits.max(-1, keepdims=True) + jnp.log(sampling.min_p)
+        logits = jnp.where(logits >= cut, logits, -jnp.inf)
+    return logits
+
+
+def rollout(
+    model: LanguageModel,
+    params,
+    prompts: Prompts,
+    key: jax.Array,
+    *,
+    sampling: Sampling,
+    eos_id: int,
+    pad_id: int,
+    samples: int = 1,
+    stop: Sequence[Sequence[int]] = (),
+) -> Rollout:
+    """Samples completions; pure, to be called inside `jax.jit`.
+
+    Args:
+      model: the four functions of a language model.
+      params: its parameters.
+      prompts: `tokens [N, P]` left-padded and `lengths [N]`.
+      key: consumed.
+      sampling: temperature, filters and the budget of new tokens `C`.
+      eos_id: the id that ends a completion. It is part of the completion and trained.
+      pad_id: written after the end; never compared with anything, so it may equal `eos_id`.
+      samples: completions for each prompt. The prompt is prefilled once; rows `[i * samples, (i + 1) * samples)` of
+        the result belong to prompt `i`.
+      stop: token sequences that end a completion with `Finish.STOP` once it ends in one of them (they are kept).
+
+    Returns:
+      A `Rollout` with `B = N * samples` rows.
+
+    Raises:
+      ValueError: on misshapen prompts or an empty stop sequence.
+    """
+    if prompts.tokens.ndim != 2 or prompts.lengths.shape != prompts.tokens.shape[:1]:
+        raise ValueError(
+            f"prompts have tokens {prompts.tokens.shape} and lengths {prompts.lengths.shape}; "
+            "expected [N, P] and [N]: pad them on the left with data.encode_prompts"
+        )
+    if any(len(sequence) == 0 for sequence in stop):
+        raise ValueError("a stop sequence is empty and would end every completion; remove it")
+    number, prompt_width = prompts.tokens.shape
+    rows, width = number * samples, sampling.max_tokens
+    unembedding = model.unembedding(params)
+
+    def draw(hidden, step):
+        """The next token of every row, with its log-prob under the model and under the sampler."""
+        logits = (hidden @ unembedding).astype(jnp.float32)
+        filtered = behaviour_logits(logits, sampling) if sampling.filters else logits
+        if sampling.temperature == 0:
+            token = jnp.argmax(logits, axis=-1)
+        else:
+            token = jax.random.categorical(jax.random.fold_in(key, step), filtered)
+        log_prob = select_log_probs(logits, token)[0]
+        behaviour = select_log_probs(filtered, token)[0] if sampling.filters else log_prob
+        return token.astype(jnp.int32), log_prob, behaviour
+
+    def emit(carry, hidden):
+        """Draws column `step` and records it in the rows that have not ended."""
+        step, ended = carry["step"], carry["finish"] >= 0
+        token, log_prob, behaviour = draw(hidden, step)
+        token = jnp.where(ended, pad_id, token)
+        record = {
+            "tokens": token,
+            "log_probs": jnp.where(ended, 0.0, log_prob),
+            "behaviour": jnp.where(ended, 0.0, behaviour),
+        }
+        written = {
+            name: jax.lax.dynamic_update_slice(carry[name], value[:, None], (0, step))
+            for name, value in record.items()
+        }
+        finish = jnp.where(token == eos_id, Finish.EOS, -1)
+        for sequence in stop:
+            hit = _ends_in(written["tokens"], step, sequence)
+            finish = jnp.where((finish < 0) & hit, Finish.STOP, finish)
+        return {
+            **carry,
+            **written,
+            "step": step + 1,
+            "token": token,
+            "finish": jnp.where(ended, carry["finish"], finish),
+            "lengths": carry["lengths"] + ~ended,
+        }
+
+    padding = prompt_width - prompts.lengths
+    segments = (jnp.arange(prompt_width + width) >= padding[:, None]).astype(jnp.int32)
+    cache = model.init_cache(number, prompt_width + width)
+    hidden, cache = model.apply(
+        params,
+        prompts.tokens,
+        positions=jnp.maximum(jnp.arange(prompt_width) - padding[:, None], 0),
+        mask=Causal() & Segments(segments[:, :prompt_width], segments),
+        cache=cache,
+    )
+    repeat = lambda x, axis: x if samples == 1 else jnp.repeat(x, samples, axis=axis)
+    cache = cache._replace(k=repeat(cache.k, 1), v=repeat(cache.v, 1))
+    lengths, segments = repeat(prompts.lengths, 0), repeat(segments, 0)
+    mask = Causal() & Segments(jnp.ones((rows, 1), jnp.int32), segments)
+
+    def advance(carry):
+        hidden, cache = model.apply(
+            params,
+            carry["token"][:, None],
+            positions=(lengths + carry["step"] - 1)[:, None],
+            mask=mask,
+            cache=carry["cache"],
+        )
+        return emit({**carry, "cache": cache}, hidden[:, 0])
+
+    carry = {
+        "step": jnp.int32(0),
+        "token": jnp.zeros(rows, jnp.int32),
+        "cache": cache,
+        "finish": jnp.full(rows, -1, jnp.int32),
+        "lengths": jnp.zeros(rows, jnp.int32),
+        "tokens": jnp.full((rows, width), pad_id, jnp.int32),
+        "log_probs": jnp.zeros((rows, width), jnp.float32),
+        "behaviour": jnp.zeros((rows, width), jnp.float32),
+    }
+    carry = emit(carry, repeat(hidden[:, -1], 0))
+    unfinished = lambda carry: (carry["step"] < width) & (carry["finish"] < 0).any()
+    carry = jax.lax.while_loop(unfinished, advance, carry)
+    return Rollout(
+        tokens=jnp.concatenate([repeat(prompts.tokens, 0), carry["tokens"]], axis=1),
+        prompt_lengths=lengths,
+        lengths=carry["lengths"],
+        finish=jnp.where(carry["finish"] < 0, Finish.LENGTH, carry["finish"]),
+        log_probs=carry["log_probs"],
+        behaviour_log_probs=carry["behaviour"],
+        prompt_width=prompt_width,
+    )
+
+
+def _ends_in(tokens: jax.Array, step: jax.Array, sequence: Sequence[int]) -> jax.Array:
+    """Whether column `step` completes the sequence in each row of `tokens [B, C]`."""
+    first = step + 1 - len(sequence)
+    columns = jnp.clip(first + jnp.arange(len(sequence)), 0, tokens.shape[1] - 1)
+    return (first >= 0) & (tokens[:, columns] == jnp.asarray(sequence)).all(-1)
+
+
+def completion_log_probs(
+    model: LanguageModel, params, rollout: Rollout, *, temperature: float = 1.0, chunk: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probs and entropy of a rollout's completions by one forward pass: the trainer's side of the sampler.
+
+    Args:
+      model, params: the language model.
+      rollout: `B` completions of width `C`.
+      temperature: divides the logits, as in sampling. 1 gives `rollout.log_probs` again; the sampler's temperature
+        gives `rollout.behaviour_log_probs` where no filter cut tokens off.
+      chunk: tokens whose logits are held at once; None chooses.
+
+    Returns:
+      `(log_probs [B, C], entropy [B, C])`, float32. Columns after the end hold values of padding: apply `rollout.mask`.
+    """
+    width = rollout.prompt_width
+    inputs = rollout.tokens[:, :-1]
+    columns = jnp.arange(inputs.shape[1])
+    padding = (width - rollout.prompt_lengths)[:, None]
+    segments = (columns >= padding).astype(jnp.int32)
+    hidden, _ = model.apply(
+        params,
+        inputs,
+        positions=jnp.maximum(columns - padding, 0),
+        mask=Causal() & Segments(segments),
+    )
+    return token_log_probs(
+        hidden[:, width - 1 :],
+        model.unembedding(params),
+        rollout.completions,
+        temperature=temperature,
+        chunk=chunk,
+    )

@@ -1,0 +1,94 @@
+"""Supervised fine-tuning: next-token cross-entropy on the masked tokens, as one pure step."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl.kernels.log_probs import token_log_probs
+from jaxrl.losses import reduce
+from jaxrl.nets.language_model import LanguageModel
+from jaxrl.posttrain import update
+from jaxrl.types import TokenBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig:
+    """One step of supervised fine-tuning."""
+
+    batch: int = 64
+    """Examples per step."""
+    micro_batches: int = 1
+    """Parts in which a batch is computed; the gradient is the whole batch's."""
+
+
+class SFT(NamedTuple):
+    """`init(key, params) -> state` and `step(state, data) -> (state, metrics)`; both pure."""
+
+    init: Callable
+    step: Callable
+
+
+def loss(model: LanguageModel, params, batch: TokenBatch):
+    """Token-mean cross-entropy and its companions, as (total, weight) pairs.
+
+    Args:
+      model, params: the language model.
+      batch: `tokens [B, T]` right-padded and `loss_mask [B, T]`; the first column cannot be predicted.
+
+    Returns:
+      `(Weighted, {"train/token_accuracy"..., "policy/entropy": Weighted})`.
+    """
+    hidden, _ = model.apply(params, batch.tokens[:, :-1])
+    targets, mask = batch.tokens[:, 1:], batch.loss_mask[:, 1:]
+    log_probs, entropy = token_log_probs(hidden, model.unembedding(params), targets)
+    likelihood = jax.lax.stop_gradient(jnp.exp(log_probs))
+    metrics = {
+        "train/target_probability": reduce.tokens(likelihood, mask),
+        "policy/entropy": reduce.tokens(jax.lax.stop_gradient(entropy), mask),
+    }
+    return reduce.tokens(-log_probs, mask), metrics
+
+
+def make(
+    config: SFTConfig,
+    model: LanguageModel,
+    optimizer: optax.GradientTransformation,
+    *,
+    max_grad_norm: float = 1.0,
+) -> SFT:
+    """The pure functions of a run.
+
+    Args:
+      config: batch sizes.
+      model: four functions; see `LanguageModel`.
+      optimizer: from `update.make_optimizer`, or any optax transformation.
+      max_grad_norm: global norm above which the gradient is scaled down; 0 leaves it.
+
+    Returns:
+      `init(key, params) -> TrainState` and `step(state, data) -> (state, metrics)`, where `data` is a `TokenBatch` of
+      all examples `[N, T]`; a step draws `config.batch` of them by `update.epoch_batch`.
+    """
+
+    def init(key, params):
+        return update.init_state(params, optimizer, key)
+
+    def step(state, data: TokenBatch):
+        rows = update.epoch_batch(state.key, state.step, batch=config.batch, examples=data.tokens.shape[0])
+        batch = jax.tree.map(lambda x: x[rows], data)
+        value, metrics, gradient = update.value_and_grad(
+            lambda params, part: loss(model, params, part),
+            state.params,
+            batch,
+            micro_batches=config.micro_batches,
+        )
+        state, trained = update.apply_gradients(
+            state, gradient, value, optimizer, max_grad_norm=max_grad_norm
+        )
+        tokens = batch.loss_mask[:, 1:].sum()
+        return state.replace(step=state.step + 1), {**metrics, **trained, "throughput/tokens": tokens}
+
+    return SFT(init, step)

@@ -1,0 +1,213 @@
+"""From a loss to the next state: gradients that add up exactly, clipping, and a guard against non-finite updates."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl.losses.reduce import Weighted
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up, a schedule and a global gradient-norm clip."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    warmup_steps: int = 0
+    """Updates over which the rate rises linearly from 0."""
+    decay: str = "constant"
+    """What follows the warm-up: constant, linear or cosine (both down to `final_fraction` at `decay_steps`)."""
+    decay_steps: int = 0
+    """Updates, the warm-up included, after which the decay has ended."""
+    final_fraction: float = 0.0
+    """Rate at the end of the decay, as a fraction of the peak."""
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    """Decoupled; on matrices only, never on norms and biases."""
+    max_grad_norm: float = 1.0
+    """Global norm above which gradients are scaled down; 0 leaves them."""
+
+
+def learning_rate(config: OptimizerConfig) -> optax.Schedule:
+    """The schedule of a config: update count -> learning rate."""
+    peak, final = config.learning_rate, config.learning_rate * config.final_fraction
+    after = config.decay_steps - config.warmup_steps
+    if config.decay == "constant":
+        decay = optax.constant_schedule(peak)
+    elif config.decay not in ("linear", "cosine"):
+        raise ValueError(f"optimizer decay is {config.decay!r}; expected constant, linear or cosine")
+    elif after <= 0:
+        raise ValueError(
+            f"optimizer decay_steps is {config.decay_steps} with warmup_steps {config.warmup_steps}; "
+            "a decay needs decay_steps larger than warmup_steps"
+        )
+    elif config.decay == "linear":
+        decay = optax.linear_schedule(peak, final, after)
+    else:
+        decay = optax.cosine_decay_schedule(peak, after, config.final_fraction)
+    if config.warmup_steps == 0:
+        return decay
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, peak, config.warmup_steps), decay], [config.warmup_steps]
+    )
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """AdamW as the config says. The gradient clip belongs to `apply_gradients`, which knows the norm already."""
+    matrices = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
+    return optax.adamw(
+        learning_rate(config),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=matrices,
+    )
+
+
+@flax.struct.dataclass
+class TrainState:
+    """One run as one pytree: checkpointing it is checkpointing the run.
+
+    `step`: iterations done, and so the data cursor. `params`, `opt_state`: what is trained. `key`: the run's random
+    key, never changed: each step folds its number in. `reference`: frozen parameters for a KL term, or None.
+    `skipped`: updates skipped because something was not finite, in all; `skipped_in_a_row`: since the last good one.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    key: jax.Array
+    reference: Any
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
+
+
+def init_state(
+    params, optimizer: optax.GradientTransformation, key: jax.Array, *, reference=None
+) -> TrainState:
+    """The state before the first step. `key` is kept for the whole run."""
+    zero = lambda: jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=zero(),
+        params=params,
+        opt_state=optimizer.init(params),
+        key=key,
+        reference=reference,
+        skipped=zero(),
+        skipped_in_a_row=zero(),
+    )
+
+
+LossFunction = Callable[[Any, Any], tuple[Weighted, dict[str, Weighted]]]
+"""`(params, batch) -> (loss, metrics)`, all as (total, weight) so that parts of a batch add up to the whole."""
+
+
+def value_and_grad(loss: LossFunction, params, batch, *, micro_batches: int = 1):
+    """Loss, metrics and gradient of a batch, optionally in `micro_batches` equal parts by `lax.scan`.
+
+    Totals, weights and the gradients of totals are summed over the parts and divided once, so the result is that of the
+    whole batch however uneven the masks are. Weights must not depend on the parameters.
+
+    Args:
+      loss: `(params, batch) -> (Weighted, {name: Weighted})`.
+      params: pytree.
+      batch: pytree whose leaves have a leading axis that `micro_batches` divides.
+      micro_batches: number of parts; peak memory falls by about as much.
+
+    Returns:
+      `(loss, metrics, gradient)`: a float32 scalar, a dict of scalars, a tree like `params`.
+    """
+
+    def total(params, part):
+        value, metrics = loss(params, part)
+        return value.total, (value, metrics)
+
+    one = jax.grad(total, has_aux=True)
+    if micro_batches == 1:
+        gradient, (value, metrics) = one(params, batch)
+    else:
+        rows = jax.tree.leaves(batch)[0].shape[0]
+        if rows % micro_batches:
+            raise ValueError(
+                f"micro_batches is {micro_batches} and the batch has {rows} rows; choose a divisor of {rows}"
+            )
+        split = lambda x: x.reshape(micro_batches, rows // micro_batches, *x.shape[1:])
+        parts = jax.tree.map(split, batch)
+        add = lambda a, b: jax.tree.map(jnp.add, a, b)
+        first = jax.tree.map(lambda x: x[0], parts)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, params, first))
+        (gradient, (value, metrics)), _ = jax.lax.scan(
+            lambda carry, part: (add(carry, one(params, part)), None), zeros, parts
+        )
+    scale = 1.0 / jnp.maximum(value.weight, 1e-8)
+    gradient = jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradient)
+    return value.mean, {name: metric.mean for name, metric in metrics.items()}, gradient
+
+
+def apply_gradients(
+    state: TrainState,
+    gradient,
+    loss: jax.Array,
+    optimizer: optax.GradientTransformation,
+    *,
+    max_grad_norm: float,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer update; a non-finite loss or gradient leaves parameters and optimizer state as they were.
+
+    Args:
+      state: before the update.
+      gradient: a tree like `state.params`.
+      loss: scalar.
+      optimizer: an optax transformation.
+      max_grad_norm: global norm above which the gradient is scaled down; 0 leaves it.
+
+    Returns:
+      The state (its `step` untouched) and `train/loss`, `train/grad_norm` (before clipping), `train/skipped`.
+    """
+    norm = optax.global_norm(gradient)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    if max_grad_norm > 0:
+        scale = jnp.where(norm > max_grad_norm, max_grad_norm / norm, 1.0)
+        gradient = jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradient)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    state = state.replace(
+        params=keep(params, state.params),
+        opt_state=keep(opt_state, state.opt_state),
+        skipped=state.skipped + ~finite,
+        skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+    )
+    metrics = {"train/loss": loss, "train/grad_norm": norm, "train/skipped": state.skipped}
+    return state, metrics
+
+
+def epoch_batch(key: jax.Array, step: jax.Array, *, batch: int, examples: int) -> jax.Array:
+    """Indices of a step's examples: every epoch is a fresh permutation, its ragged tail left out.
+
+    A function of the run's key and the step alone, so a resumed run reads on where it stopped.
+
+    Args:
+      key: the same for the whole run.
+      step: int32 scalar, batches drawn before this one.
+      batch, examples: sizes, `batch <= examples`.
+
+    Returns:
+      `[batch]` int32, without repetition.
+    """
+    if not 1 <= batch <= examples:
+        raise ValueError(
+            f"a batch of {batch} was asked from {examples} examples; give more data or a smaller batch"
+        )
+    per_epoch = examples // batch
+    epoch, position = step // per_epoch, step % per_epoch
+    order = jax.random.permutation(jax.random.fold_in(key, epoch), examples)
+    return jax.lax.dynamic_slice_in_dim(order, position * batch, batch)
