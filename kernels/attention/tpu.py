@@ -98,7 +98,8 @@ def refusal(q, k, v, mask, scale, soft_cap, bias) -> str | None:
         return f"the Pallas kernel takes float32 and bfloat16, not {q.dtype}, {k.dtype}, {v.dtype}; {other}"
     for path, _ in tree_leaves_with_path(mask):
         if _field(path) not in AXIS_OF_FIELD:
-            return f"the Pallas kernel takes masks made of indices, ids and ends, not {path}; {other}"
+            name = _field(path)
+            return f"the Pallas kernel cannot cut the mask's {name!r} into blocks (Dense, or your own); {other}"
     return None
 
 

@@ -1,0 +1,357 @@
+import functools
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl.kernels.attention import Causal, Chunked, Dense, Full, Segments, Window, attention
+from jaxrl.kernels.attention.blocked import blocked_attention
+from jaxrl.kernels.attention.tpu import pallas_attention
+
+
+def load(path):
+    path = pathlib.Path(__file__).parents[1] / path
+    spec = importlib.util.spec_from_file_location(path.stem + "_for_attention", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+oracle = load("oracles/attention.py")
+CASES = load("kernels/cases.py").CASES
+
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile
+
+
+def door(implementation):
+    return functools.partial(attention, implementation=implementation, return_lse=True)
+
+
+def direct(function, **blocks):
+    """A blocked implementation with small blocks, in the form of the door."""
+
+    def call(q, k, v, *, scale=None, **options):
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        o, lse = function(q, k, v, scale=scale, **blocks, **options)
+        return o, jnp.swapaxes(lse, 1, 2)
+
+    return call
+
+
+IMPLEMENTATIONS = {
+    "reference": door("reference"),
+    "xla": direct(blocked_attention, block_q=64, block_k=32),
+    "pallas": direct(pallas_attention, block_q=128, block_k=128),
+}
+
+
+def inputs(case, seed=0):
+    """Arrays by name, and cotangents for o and lse."""
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    b, t, s, h, k = case.b, case.t, case.s, case.h, case.k
+    arrays = {"q": draw(b, t, h, case.d), "k": draw(b, s, k, case.d), "v": draw(b, s, k, case.dv)}
+    if case.sinks:
+        arrays["sinks"] = draw(h)
+    if case.bias:
+        arrays["bias"] = draw(*case.bias)
+    return arrays, draw(b, t, h, case.dv), draw(b, t, h)
+
+
+@functools.cache
+def expected(name):
+    case = CASES[name]
+    arrays, do, dlse = inputs(case)
+    allowed = oracle.dense(case.predicate, case.b, case.h, case.t, case.s, case.q_offset)
+    scale = case.d**-0.5 if case.scale is None else case.scale
+    return oracle.attention(**arrays, allowed=allowed, do=do, dlse=dlse, scale=scale, soft_cap=case.soft_cap)
+
+
+def value_and_vjp(call, case, arrays, do, dlse):
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def run(arrays, mask, q_offset, do, dlse):
+        def f(arrays):
+            options = {"mask": mask, "q_offset": q_offset, "soft_cap": case.soft_cap, "scale": case.scale}
+            return call(**arrays, **options)
+
+        out, vjp = jax.vjp(f, arrays)
+        return *out, vjp((do.astype(out[0].dtype), dlse))[0]
+
+    call = functools.partial(positional, call)
+    return run(arrays, case.mask, case.q_offset, do, dlse)
+
+
+def positional(call, q, k, v, **options):
+    return call(q, k, v, **options)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_values_and_gradients(implementation, name):
+    case = CASES[name]
+    if implementation == "pallas" and not case.pallas:
+        pytest.skip("refused, see test_refusals")
+    o, lse, grads = value_and_vjp(IMPLEMENTATIONS[implementation], case, *inputs(case))
+    want_o, want_lse, want = expected(name)
+    np.testing.assert_allclose(o, want_o, rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(lse, want_lse, rtol=1e-5, atol=2e-6)
+    assert set(grads) == set(want)
+    for key, value in want.items():
+        size = np.abs(value).max()
+        np.testing.assert_allclose(grads[key], value, rtol=1e-5, atol=2e-6 * max(size, 1), err_msg=key)
+
+
+def test_oracle_gradients_by_finite_differences():
+    case = CASES["empty_segments"]._replace(bias=(1, 4, 1, 40), sinks=True, soft_cap=1.0)
+    arrays, do, dlse = inputs(case)
+    arrays = {key: value.astype(np.float64) for key, value in arrays.items()}
+    allowed = oracle.dense(case.predicate, 2, 4, 17, 40)
+
+    def total(arrays):
+        o, lse, grads = oracle.attention(
+            **arrays, allowed=allowed, do=do, dlse=dlse, scale=0.5, soft_cap=case.soft_cap
+        )
+        return np.sum(o * do) + np.sum(lse * dlse), grads
+
+    grads = total(arrays)[1]
+    for key, x in arrays.items():
+        direction = np.random.default_rng(1).normal(size=x.shape)
+        up, down = (total(arrays | {key: x + e * direction})[0] for e in (1e-5, -1e-5))
+        np.testing.assert_allclose((up - down) / 2e-5, np.sum(grads[key] * direction), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "cross"])
+def test_agrees_with_jax(name):
+    case = CASES[name]._replace(soft_cap=None, sinks=False, q_offset=0)
+    if name == "window":
+        case = case._replace(s=case.t)
+    options = {"causal": {"is_causal": True}, "window": {"local_window_size": (19, 0)}, "cross": {}}[name]
+    f = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, **options)  # noqa: E731
+    case = case._replace(dv=case.d)
+    arrays, do, _ = inputs(case)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def value_and_vjp_of_jax(q, k, v, do):
+        o, vjp = jax.vjp(f, q, k, v)
+        return o, vjp(do)
+
+    want, want_grads = value_and_vjp_of_jax(arrays["q"], arrays["k"], arrays["v"], do)
+    for call in (IMPLEMENTATIONS["reference"], IMPLEMENTATIONS["xla"]):
+        o, _, grads = value_and_vjp(call, case, arrays, do, np.zeros(want.shape[:3], np.float32))
+        np.testing.assert_allclose(o, want, rtol=1e-5, atol=2e-6)
+        for key, value in zip("qkv", want_grads, strict=True):
+            np.testing.assert_allclose(grads[key], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_errs_no_more_than_twice_plain_bfloat16(implementation):
+    case = CASES["causal"]._replace(dv=8)
+    arrays, do, dlse = inputs(case)
+    low = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), arrays)
+    exact = jax.tree.map(lambda x: np.asarray(x, np.float32), low)
+    allowed = oracle.dense(case.predicate, case.b, case.h, case.t, case.s)
+    do = np.asarray(jnp.asarray(do, jnp.bfloat16), np.float32)
+    want_o, _, want = oracle.attention(**exact, allowed=allowed, do=do, dlse=0 * dlse, scale=case.d**-0.5)
+
+    def plain(q, k, v):
+        q, k, v = q, jnp.repeat(k, 2, 2), jnp.repeat(v, 2, 2)
+        logits = jnp.einsum("bthd,bshd->bhts", q, k) * jnp.bfloat16(case.d**-0.5)
+        weights = jax.nn.softmax(jnp.where(jnp.tri(130, dtype=bool)[None, None], logits, -1e9), axis=-1)
+        return jnp.einsum("bhts,bshd->bthd", weights, v)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def plain_value_and_vjp(arrays, do):
+        out, vjp = jax.vjp(plain, *(arrays[key] for key in "qkv"))
+        return out, dict(zip("qkv", vjp(do), strict=True))
+
+    plain_o, plain_grads = plain_value_and_vjp(low, jnp.asarray(do, jnp.bfloat16))
+    o, _, grads = value_and_vjp(IMPLEMENTATIONS[implementation], case, low, jnp.asarray(do), 0 * dlse)
+    error = lambda a, b: np.abs(np.asarray(a, np.float64) - b).max()  # noqa: E731
+    assert o.dtype == jnp.bfloat16 and grads["q"].dtype == jnp.bfloat16
+    assert 0 < error(o, want_o) <= 2 * error(plain_o, want_o)
+    for key in "qkv":
+        assert 0 < error(grads[key], want[key]) <= 2 * error(plain_grads[key], want[key])
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas"])
+def test_rows_without_keys_are_zero_with_zero_gradients(implementation):
+    q, k, v = (jnp.ones((1, 3, 2, 4)) for _ in range(3))
+    mask = Segments(jnp.array([[0, 1, 5]]), jnp.array([[0, 1, 1]]))
+    f = lambda q, k, v: attention(q, k, v, mask=mask, implementation=implementation, return_lse=True)  # noqa: E731
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def run(q, k, v):
+        (o, lse), vjp = jax.vjp(f, q, k, v)
+        return o, lse, vjp((jnp.ones_like(o), jnp.ones_like(lse)))
+
+    o, lse, (dq, dk, dv) = run(q, k, v)
+    assert np.all(o[:, 2] == 0) and np.all(o[:, :2] == 1)
+    assert np.all(lse[:, 2] < -1e29) and np.all(np.isfinite(lse))
+    assert np.all(dq[:, 2] == 0)
+    assert all(np.all(np.isfinite(x)) for x in (dq, dk, dv))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_a_bias_of_minus_infinity_masks(implementation):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 20, 2, 4)), jnp.float32) for _ in range(3))
+    bias = jnp.where(jnp.tri(20, dtype=bool), 0.0, -jnp.inf)[None, None].at[:, :, 0].set(-jnp.inf)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def run(mask, bias):
+        f = functools.partial(attention, soft_cap=1.0, implementation=implementation, mask=mask, bias=bias)
+        o, vjp = jax.vjp(f, q, k, v)
+        return o, vjp(o)
+
+    masked, dense = run(Full(), bias), run(Causal() & Dense(jnp.isfinite(bias)), None)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), masked, dense)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas"])
+def test_composes_with_vmap_scan_and_remat(implementation):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(3, 1, 20, 2, 4)), jnp.float32) for _ in range(3))
+    ids = jnp.asarray(rng.integers(0, 2, (3, 1, 20)), jnp.int32)
+
+    def loss(q, k, v, ids):
+        o = attention(q, k, v, mask=Causal() & Segments(ids), implementation=implementation)
+        return jnp.sum(jnp.sin(o))
+
+    jit = functools.partial(jax.jit, compiler_options=QUICK)
+    grad = jit(jax.value_and_grad(loss, (0, 1, 2)))
+    one_by_one = [grad(*args) for args in zip(q, k, v, ids, strict=True)]
+    mapped = jit(jax.vmap(jax.value_and_grad(loss, (0, 1, 2))))(q, k, v, ids)
+    for n, want in enumerate(one_by_one):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a[n], b, rtol=1e-5, atol=1e-5), mapped, want)
+
+    def summed(q, k, v):
+        step = jax.checkpoint(lambda total, x: (total + loss(*x), None))
+        return jax.lax.scan(step, 0.0, (q, k, v, ids))[0]
+
+    value, grads = jit(jax.value_and_grad(summed, (0, 1, 2)))(q, k, v)
+    np.testing.assert_allclose(value, sum(x for x, _ in one_by_one), rtol=1e-5)
+    for n, (_, want) in enumerate(one_by_one):
+        for a, b in zip(grads, want, strict=True):
+            np.testing.assert_allclose(a[n], b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas"])
+def test_decoding_against_a_cache_equals_the_full_pass(implementation):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 20, 2, 4)), jnp.float32) for _ in range(3))
+    mask = Causal() & Segments(jnp.asarray(rng.integers(0, 2, (2, 20)), jnp.int32))
+    full = jax.jit(functools.partial(attention, mask=mask, implementation="reference"))(q, k, v)
+    step = jax.jit(lambda q, n: attention(q, k, v, mask=mask, q_offset=n, implementation=implementation))
+    for n, width in ((0, 1), (7, 1), (19, 1), (11, 9)):
+        np.testing.assert_allclose(step(q[:, n : n + width], n), full[:, n : n + width], atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas"])
+def test_same_bits_twice(implementation):
+    case = CASES["packed"]
+    run = functools.partial(value_and_vjp, IMPLEMENTATIONS[implementation], case, *inputs(case))
+    jax.tree.map(np.testing.assert_array_equal, run(), run())
+
+
+def temporary_bytes(implementation, t):
+    x = jax.ShapeDtypeStruct((1, t, 2, 16), jnp.float32)
+    f = lambda q, k, v: jnp.sum(attention(q, k, v, implementation=implementation) ** 2)  # noqa: E731
+    compiled = jax.jit(jax.grad(f, (0, 1, 2))).lower(x, x, x).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_memory_grows_linearly():
+    assert temporary_bytes("xla", 2048) < 2.3 * temporary_bytes("xla", 1024)
+    assert temporary_bytes("reference", 2048) > 3.5 * temporary_bytes("reference", 1024)
+
+
+def test_dead_tiles_are_not_computed():
+    """NaN in keys that only dead tiles would read does not reach the result."""
+    x = jnp.ones((1, 256, 1, 4))
+    poisoned = x.at[:, 128:].set(jnp.nan)
+    for call in (IMPLEMENTATIONS["xla"], IMPLEMENTATIONS["pallas"]):
+        o, _ = jax.jit(functools.partial(call, mask=Causal()))(x[:, :128], poisoned, poisoned)
+        assert np.all(np.isfinite(o))
+
+
+def test_second_derivatives_of_tiles_are_those_of_the_dense_form():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 9, 1, 3)), jnp.float32) for _ in range(3))
+
+    def slope(call, q):
+        return jnp.sum(jax.grad(lambda q: jnp.sum(jnp.sin(call(q, k, v, mask=Causal())[0])))(q) ** 2)
+
+    jit = functools.partial(jax.jit, compiler_options=QUICK)
+    want, got = (jit(jax.grad(functools.partial(slope, IMPLEMENTATIONS[n])))(q) for n in ("reference", "xla"))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+X = jnp.ones((2, 6, 4, 8))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": X[0]}, r"q has shape \(6, 4, 8\), expected \[B, T, H, D\]"),
+        ({"k": X[:1]}, r"k has B, D = 1, 8"),
+        ({"v": X[:, :3]}, r"v has B, S, K = \(2, 3, 4\)"),
+        ({"q": X[:, :, :3]}, r"H = 3 heads, expected a multiple of k's K = 4"),
+        ({"bias": jnp.ones((6, 6))}, r"bias has shape \(6, 6\), expected \[B, H, T, S\]"),
+        ({"bias": jnp.ones((2, 3, 6, 6))}, r"bias has shape \(2, 3, 6, 6\)"),
+        ({"sinks": jnp.ones(3)}, r"sinks has shape \(3,\), expected \[H\]"),
+        ({"soft_cap": 0.0}, "soft_cap = 0.0, expected a positive number"),
+        ({"implementation": "cuda"}, "implementation='cuda', expected None"),
+        ({"mask": jnp.ones((6, 6), bool)}, r"expected a mask such as Causal\(\); wrap an array as Dense"),
+        ({"mask": Segments(jnp.ones((2, 5), jnp.int32))}, r"Segments: q_ids has shape \(2, 5\)"),
+        ({"mask": Causal(), "q_offset": 1, "k": X[:, :5], "v": X[:, :5]}, None),
+        ({"mask": Dense(jnp.ones((2, 4, 6, 6)))}, "Dense: array has dtype float32, expected bool"),
+        ({"mask": Dense(jnp.ones((2, 4, 6, 6), bool)), "q_offset": 1}, "at least 7"),
+    ],
+)
+def test_bad_input(change, message):
+    call = functools.partial(attention, **({"q": X, "k": X, "v": X} | change))
+    if message is None:
+        call()
+    else:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("implementation", "change", "message"),
+    [
+        ("pallas", {"bias": jnp.zeros((1, 1, 6, 6))}, "takes no bias; use implementation"),
+        ("pallas", {"mask": Dense(jnp.ones((1, 1, 6, 6), bool))}, "cannot cut the mask's 'array'"),
+        ("pallas", {"mask": Causal() | Dense(jnp.ones((1, 1, 6, 6), bool))}, "cannot cut the mask's 'array'"),
+        ("pallas", {"q": X.astype(jnp.float16)}, "takes float32 and bfloat16, not float16"),
+        ("pallas", {"scale": jnp.float32(1.0)}, "scale and soft_cap as Python numbers"),
+        ("xla", {"scale": jnp.float32(1.0)}, "needs scale as a Python number"),
+    ],
+)
+def test_named_implementations_refuse_loudly(implementation, change, message):
+    arguments = {"q": X, "k": X, "v": X} | change
+    with pytest.raises(ValueError, match=message):
+        attention(**arguments, implementation=implementation)
+    attention(**arguments)  # None always works
+
+
+def test_none_chooses_by_shape():
+    def primitives(t, s, **options):
+        q, k = jnp.ones((1, t, 1, 4)), jnp.ones((1, s, 1, 4))
+        return str(jax.make_jaxpr(lambda q, k: attention(q, k, k, mask=Full(), **options))(q, k))
+
+    assert "custom_vjp" in primitives(256, 256)
+    assert "custom_vjp" not in primitives(32, 32)
+    assert "custom_vjp" not in primitives(1, 65536)
+    assert "custom_vjp" not in primitives(256, 256, scale=jnp.float32(1.0))
+
+
+def test_masks_are_arguments_of_jit():
+    q = jnp.ones((1, 8, 1, 4))
+    f = jax.jit(lambda mask: attention(q, q, q, mask=mask))
+    for mask in (Causal(), Window(3), Causal() & Chunked(4)):
+        np.testing.assert_allclose(f(mask), attention(q, q, q, mask=mask), atol=1e-6)
