@@ -16,14 +16,13 @@ class LanguageModel(NamedTuple):
 
     init(key) -> params: a plain nested dict of arrays; consumes the key. One program under `jax.jit`.
 
-    apply(params, tokens [B, T], *, positions [B, T] = None, mask = Causal(), cache = None) -> (hidden [B,
-    T, D], cache): without a cache, one pass over whole sequences. With one, the T columns are written at
-    [cache.length, cache.length + T), attention is over all S columns with q_offset = cache.length, and the
-    advanced cache is returned. Positions default to arange(T) + cache.length. The mask is given over cache
-    columns: batches of unequal prompts are padded on the left; the caller hides the padding with `Segments`
-    and gives positions that start at 0 at the first real token. Under jit the cursor is unknown and cannot
-    be checked: writing past the last column would overwrite it, so make the cache long enough for the whole
-    generation.
+    apply(params, tokens [B, T], *, positions [B, T] = None, mask = Causal(), cache = None)
+    -> (hidden [B, T, D], cache): without a cache, one pass over whole sequences. With one, the T columns are
+    written at [cache.length, cache.length + T), attention is over all S columns with q_offset = cache.length,
+    and the advanced cache is returned. Positions default to arange(T) + cache.length. The mask is given over
+    cache columns: batches of unequal prompts are padded on the left; the caller hides the padding with
+    `Segments` and gives positions that start at 0 at the first real token. Under jit the cursor is unknown and
+    cannot be checked: writing past the last column would overwrite it, so make the cache long enough.
 
     unembedding(params) -> [D, V]: logits are `logits(hidden, unembedding(params))`.
 
@@ -43,7 +42,7 @@ def language_model(config: TransformerConfig) -> LanguageModel:
     def init(key):
         return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
-    def apply(params, tokens, *, positions=None, mask=Causal(), cache=None):
+    def apply(params, tokens, *, positions=None, mask=Causal(), cache=None):  # noqa: B008  (immutable)
         return model.apply({"params": params}, tokens, positions=positions, mask=mask, cache=cache)
 
     def unembedding(params):
@@ -81,7 +80,7 @@ def from_nnx(make: Callable, unembedding: Callable, init_cache: Callable) -> Lan
     def init(key):
         return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(key)), nnx.Param))
 
-    def apply(params, tokens, *, positions=None, mask=Causal(), cache=None):
+    def apply(params, tokens, *, positions=None, mask=Causal(), cache=None):  # noqa: B008  (immutable)
         return nnx.merge(graph, params)(tokens, positions=positions, mask=mask, cache=cache)
 
     return LanguageModel(init, apply, unembedding, init_cache)
