@@ -280,7 +280,8 @@ def bandit(seed=0, arms=6):
 
 
 def fit_dpo(reference, weights, beta, steps=3000, rate=20.0):
-    """Descends DPO over all pairs of arms; weights[..., i, j] is how often i beat j. Returns policies [..., A]."""
+    """Descends DPO over pairs of arms; weights[..., i, j] is how often i beat j. Returns policies [...,
+    A]."""
     arms = len(reference)
     i, j = (x.reshape(-1) for x in np.meshgrid(np.arange(arms), np.arange(arms), indexing="ij"))
     ref = jnp.log(jnp.float32(reference))
