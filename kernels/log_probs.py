@@ -14,28 +14,25 @@ def _log_prob_and_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Ar
 
 
 def _statistics(logits, targets):
+    """log_prob, entropy, and log p of the whole vocabulary (to be fused into what uses it)."""
     x = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    top = jnp.max(x, axis=-1, keepdims=True)
-    z = x - top
+    z = x - jnp.max(x, axis=-1, keepdims=True)
     e = jnp.exp(z)
     total = jnp.sum(e, axis=-1)
     log_total = jnp.log(total)
     mean_z = jnp.sum(jnp.where(e > 0, e * z, 0.0), axis=-1) / total
-    chosen = jnp.take_along_axis(x, targets[..., None], axis=-1)[..., 0]
-    lse = top[..., 0] + log_total
-    return chosen - lse, log_total - mean_z, lse
+    chosen = jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
+    return chosen - log_total, log_total - mean_z, z - log_total[..., None]
 
 
 @_log_prob_and_entropy.defjvp
 def _log_prob_and_entropy_jvp(primals, tangents):
     """d log p_y = sum_v (1[v = y] - p_v) dx_v;  dH = -sum_v p_v (log p_v + H) dx_v."""
     logits, targets = primals
-    log_prob, entropy, lse = _statistics(logits, targets)
-    x = logits.astype(lse.dtype)
-    dx = tangents[0].astype(lse.dtype)
-    log_p = x - lse[..., None]
+    log_prob, entropy, log_p = _statistics(logits, targets)
+    dx = tangents[0].astype(log_p.dtype)
     p = jnp.exp(log_p)
-    hit = lax.broadcasted_iota(targets.dtype, x.shape, x.ndim - 1) == targets[..., None]
+    hit = lax.broadcasted_iota(targets.dtype, log_p.shape, log_p.ndim - 1) == targets[..., None]
     d_log_prob = jnp.sum((hit - p) * dx, axis=-1)
     d_entropy = -jnp.sum(jnp.where(p > 0, p * (log_p + entropy[..., None]), 0.0) * dx, axis=-1)
     return (log_prob, entropy), (d_log_prob, d_entropy)

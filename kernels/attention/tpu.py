@@ -99,7 +99,7 @@ def refusal(q, k, v, mask, scale, soft_cap, bias) -> str | None:
     for path, _ in tree_leaves_with_path(mask):
         if _field(path) not in AXIS_OF_FIELD:
             name = _field(path)
-            return f"the Pallas kernel cannot cut the mask's {name!r} into blocks (Dense, or your own); {other}"
+            return f"the Pallas kernel cannot cut the mask's {name!r} into blocks (as of Dense); {other}"
     return None
 
 
