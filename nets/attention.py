@@ -101,10 +101,6 @@ class Attention(nn.Module):
             return attention(q, k, v, mask=mask, q_offset=offset, implementation=self.implementation)
 
         near = mask if self.window is None else mask & Window(self.window)
-        y = (
-            attend(near)
-            if windowed is None
-            else jax.lax.cond(windowed, lambda: attend(near), lambda: attend(mask))
-        )
+        y = attend(near) if windowed is None else jax.lax.cond(windowed, lambda: attend(near), lambda: attend(mask))
         y = y.reshape(b, t, self.heads * self.head_dim)
         return Linear(x.shape[-1], kernel_init=self.out_init, **types, name="o")(y), slot

@@ -86,9 +86,7 @@ class Reward(nn.Module):
           [B] float32; zero for a row without a real token.
         """
         if mask.shape != hidden.shape[:2]:
-            raise ValueError(
-                f"mask has shape {mask.shape}, expected that of hidden's [B, T] = {hidden.shape[:2]}"
-            )
+            raise ValueError(f"mask has shape {mask.shape}, expected that of hidden's [B, T] = {hidden.shape[:2]}")
         mask = mask.astype(bool)
         last = jnp.max(jnp.where(mask, jnp.arange(mask.shape[1])[None], 0), axis=1)
         features = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]

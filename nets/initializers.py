@@ -22,9 +22,7 @@ def orthogonal(scale: float = 1.0) -> Callable:
 
     def init(key: jax.Array, shape: Sequence[int], dtype=jnp.float32) -> jax.Array:
         if len(shape) < 2:
-            raise ValueError(
-                f"an orthogonal matrix of shape {tuple(shape)} was asked for, expected [..., in, out]"
-            )
+            raise ValueError(f"an orthogonal matrix of shape {tuple(shape)} was asked for, expected [..., in, out]")
         rows, columns = math.prod(shape[:-1]), shape[-1]
         n, m = max(rows, columns), min(rows, columns)
         draws = jax.random.normal(key, (m, n))

@@ -21,8 +21,8 @@ class LanguageModel(NamedTuple):
     written at [cache.length, cache.length + T), attention is over all S columns with q_offset = cache.length,
     and the advanced cache is returned. Positions default to arange(T) + cache.length. The mask is given over
     cache columns: batches of unequal prompts are padded on the left; the caller hides the padding with
-    `Segments` and gives positions that start at 0 at the first real token. Under jit the cursor is unknown and
-    cannot be checked: writing past the last column would overwrite it, so make the cache long enough.
+    `Segments` and gives positions that start at 0 at the first real token. The cursor is unknown under jit: a
+    write past the last column is not refused but overwrites it, so make the cache long enough.
 
     unembedding(params) -> [D, V]: logits are `logits(hidden, unembedding(params))`.
 

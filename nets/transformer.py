@@ -49,15 +49,11 @@ class TransformerConfig:
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
-            raise ValueError(
-                f"{self.heads} heads cannot share {self.kv_heads} kv_heads: give a divisor of heads"
-            )
+            raise ValueError(f"{self.heads} heads cannot share {self.kv_heads} kv_heads: give a divisor of heads")
         if self.head_dim is None and self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}: give head_dim")
         if self.head_size % 2:
-            raise ValueError(
-                f"head_dim is {self.head_size}, but rotary embedding turns pairs: give an even one"
-            )
+            raise ValueError(f"head_dim is {self.head_size}, but rotary embedding turns pairs: give an even one")
         if self.remat not in ("none", "full", "dots"):
             raise ValueError(f"remat is {self.remat!r}, expected 'none', 'full' or 'dots'")
         if self.window is not None and self.window < 1:
@@ -216,9 +212,7 @@ def check(
         raise ValueError(f"positions have shape {positions.shape}, expected tokens' [B, T] = {tokens.shape}")
     b, t = tokens.shape
     if t > config.max_length:
-        raise ValueError(
-            f"{t} tokens exceed the config's max_length {config.max_length}: shorten them or raise it"
-        )
+        raise ValueError(f"{t} tokens exceed the config's max_length {config.max_length}: shorten them or raise it")
     if cache is None:
         return 0
     want = (config.layers, b, config.kv_heads, cache.k.shape[3], config.head_size)

@@ -25,9 +25,7 @@ def from_hugging_face(config: Mapping[str, Any], **changes) -> TransformerConfig
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act is {config['hidden_act']!r}, expected 'silu': the layers are SwiGLU")
     if kind != "qwen2" and (config.get("attention_bias") or config.get("mlp_bias")):
-        raise ValueError(
-            "attention_bias and mlp_bias are set, but only Qwen2's biases on q, k and v exist here"
-        )
+        raise ValueError("attention_bias and mlp_bias are set, but only Qwen2's biases on q, k and v exist here")
     base, scaling = _rope(config)
     fields = {
         "vocab_size": config["vocab_size"],

@@ -67,9 +67,7 @@ def test_loss_and_gradients_equal_those_of_torch():
 
     def loss(params):
         scores = forward(config, params, arrays(stored))[:, :-1]
-        picked = jnp.take_along_axis(
-            jax.nn.log_softmax(scores), jnp.asarray(stored["ids"])[:, 1:, None], axis=-1
-        )
+        picked = jnp.take_along_axis(jax.nn.log_softmax(scores), jnp.asarray(stored["ids"])[:, 1:, None], axis=-1)
         return -picked.mean()
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(params)

@@ -72,9 +72,7 @@ def test_gaussian_head_forms_and_bounds():
     mean, log_std = head.apply({"params": params}, x)
     assert mean.shape == log_std.shape == (4, 2)
     np.testing.assert_array_equal(log_std, np.full((4, 2), -0.5, np.float32))
-    head = heads.Gaussian(
-        2, state_dependent=True, bounds=(-1.0, 1.0), kernel_init=nn.initializers.normal(3.0)
-    )
+    head = heads.Gaussian(2, state_dependent=True, bounds=(-1.0, 1.0), kernel_init=nn.initializers.normal(3.0))
     params = head.init(jax.random.key(0), x)["params"]
     assert params["log_std"]["kernel"].shape == (8, 2)
     _, log_std = head.apply({"params": params}, x)
@@ -105,6 +103,11 @@ def test_norm_statistics_are_float32():
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0.012)
     np.testing.assert_allclose((np.asarray(got, np.float64) / want).mean(), 1, atol=1e-3)
+
+
+def test_norm_adds_eps_to_the_mean_square():
+    got = RMSNorm(eps=0.75).apply({"params": {"scale": jnp.ones(4)}}, jnp.full((1, 4), 0.5))
+    np.testing.assert_allclose(got, 0.5, rtol=1e-6)  # 0.5 / sqrt(0.25 + 0.75)
 
 
 def test_swiglu_is_its_formula():

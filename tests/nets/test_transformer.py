@@ -94,9 +94,7 @@ def test_left_padded_rows_decode_as_if_they_stood_alone(changes):
     columns = jnp.arange(tokens.shape[1])[None]
     real = (columns >= padding[:, None]).astype(jnp.int32)
     positions = jnp.maximum(columns - padding[:, None], 0)
-    got = decode(
-        model, params, tokens, [6, 4], lambda these: Causal() & Segments(real[:, these], real), positions
-    )
+    got = decode(model, params, tokens, [6, 4], lambda these: Causal() & Segments(real[:, these], real), positions)
     alone, _ = model.apply(params, tokens[1:, 5:])
     np.testing.assert_allclose(got[1, 5:], alone[0], atol=2e-5)
 
@@ -124,9 +122,7 @@ def test_scanned_layers_equal_a_python_loop():
     model, params, tokens = setup(config)
     x = params["embed"]["embedding"][tokens]
     cos, sin = rotation(jnp.broadcast_to(jnp.arange(10)[None], (2, 10)), config.head_size)
-    block = jax.jit(
-        lambda layer, *inputs: Block(config).apply({"params": layer}, *inputs, cos, sin, Causal(), 0)
-    )
+    block = jax.jit(lambda layer, *inputs: Block(config).apply({"params": layer}, *inputs, cos, sin, Causal(), 0))
     for i in range(3):
         layer = jax.tree.map(lambda a, i=i: a[i], params["layers"])
         (x, _, _), _ = block(layer, (x, None, None), jnp.int32(i), jnp.bool_(i != 1))
@@ -207,9 +203,7 @@ def test_parameter_paths_and_initialisation():
         vocab_size=512, width=128, layers=8, heads=4, kv_heads=2, ffn=256, qkv_bias=True, qk_norm=True
     )
     params = jax.jit(language_model(config).init)(jax.random.key(0))
-    flat = {
-        jax.tree_util.keystr(k, simple=True, separator="/"): v for k, v in jax.tree.leaves_with_path(params)
-    }
+    flat = {jax.tree_util.keystr(k, simple=True, separator="/"): v for k, v in jax.tree.leaves_with_path(params)}
     kernels = {"q": 128, "k": 64, "v": 64}
     want = {
         "embed/embedding": (512, 128),
