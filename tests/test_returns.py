@@ -116,18 +116,14 @@ def test_gae_fixture(row):
 @pytest.mark.parametrize("ends", [((), ()), ((1,), (4,)), ((6,), ()), ((), (6,)), ((3,), (3,))])
 def test_gae_is_the_sum_of_td_errors(ends):
     s = stream(3, *ends)
-    actual = returns.gae(
-        s["v_tm1"], s["r_t"], s["v_t"], s["terminated"], s["truncated"], discount=0.9, lambda_=0.7
-    )
+    actual = returns.gae(s["v_tm1"], s["r_t"], s["v_t"], s["terminated"], s["truncated"], discount=0.9, lambda_=0.7)
     expected = oracle.gae(s["v_tm1"], s["r_t"], s["v_t"], s["terminated"], s["truncated"], 0.9, 0.7)
     assert_close(actual.advantages, expected)
 
 
 def test_gae_is_lambda_returns_minus_values():
     s = stream(4, (1,), (4,))
-    actual = returns.gae(
-        s["v_tm1"], s["r_t"], s["v_t"], s["terminated"], s["truncated"], discount=0.9, lambda_=0.7
-    )
+    actual = returns.gae(s["v_tm1"], s["r_t"], s["v_t"], s["terminated"], s["truncated"], discount=0.9, lambda_=0.7)
     cut = 0.7 * (1 - s["truncated"])
     assert_close(actual.targets, returns.lambda_returns(s["r_t"], s["discount_t"], s["v_t"], lambda_=cut))
 
@@ -221,12 +217,8 @@ def test_importance_sampling_of_a_sure_policy_is_monte_carlo():
     """With all probability on the actions taken, c = 1, v = q(a), and the estimates cancel."""
     s, q, actions, _, _ = action_values()
     sure = np.eye(3)[actions]
-    actual = returns.retrace(
-        q[1:], actions[1:], s["r_t"], s["discount_t"], sure[1:], np.ones(T), trace="importance"
-    )
-    assert_close(
-        actual, returns.discounted_returns(s["r_t"], s["discount_t"], q[T, actions[T]]), rtol=1e-4, atol=1e-5
-    )
+    actual = returns.retrace(q[1:], actions[1:], s["r_t"], s["discount_t"], sure[1:], np.ones(T), trace="importance")
+    assert_close(actual, returns.discounted_returns(s["r_t"], s["discount_t"], q[T, actions[T]]), rtol=1e-4, atol=1e-5)
 
 
 def test_the_last_action_may_be_unknown():
@@ -234,9 +226,7 @@ def test_the_last_action_may_be_unknown():
     mu_t = mu[np.arange(T + 1), actions][1:]
     known = returns.retrace(q[1:], actions[1:], s["r_t"], s["discount_t"], pi[1:], mu_t)
     mu_t[-1], actions[-1] = 0.0, (actions[-1] + 1) % 3
-    assert_close(
-        returns.retrace(q[1:], actions[1:], s["r_t"], s["discount_t"], pi[1:], mu_t), known, rtol=0, atol=0
-    )
+    assert_close(returns.retrace(q[1:], actions[1:], s["r_t"], s["discount_t"], pi[1:], mu_t), known, rtol=0, atol=0)
 
 
 def test_streams_vmap_and_jit():
@@ -318,9 +308,7 @@ def test_whiten_of_equal_few_or_no_elements():
     assert not returns.whiten(jnp.full((3, 3), 0.1), jnp.ones((3, 3))).any()
     assert not returns.whiten(jnp.ones((2, 2)), jnp.zeros((2, 2))).any()
     assert not returns.whiten(jnp.ones((2, 2)), jnp.eye(2)).any()
-    assert (
-        returns.whiten(jnp.full((2, 2), 4.0), jnp.ones((2, 2)), shift_mean=False).tolist() == [[4.0, 4.0]] * 2
-    )
+    assert returns.whiten(jnp.full((2, 2), 4.0), jnp.ones((2, 2)), shift_mean=False).tolist() == [[4.0, 4.0]] * 2
 
 
 def test_whiten_over_devices_is_whiten_of_the_whole():

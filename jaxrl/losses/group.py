@@ -154,9 +154,7 @@ def advantages(
             raise ValueError(
                 "this variant takes the KL from the reward: pass log_probs and ref_log_probs, or kl_coef=0"
             )
-        token_rewards = penalised_rewards(
-            scores, log_probs, ref_log_probs, mask, kl_coef=kl_coef, estimator=variant.kl
-        )
+        token_rewards = penalised_rewards(scores, log_probs, ref_log_probs, mask, kl_coef=kl_coef, estimator=variant.kl)
     else:
         token_rewards = score_at_last(scores, mask)
     mask = jnp.asarray(mask, bool)
@@ -166,9 +164,7 @@ def advantages(
         shaped = token_rewards.sum(axis=1).reshape(rewards.shape)
         shaped = jnp.where(mask.any(axis=1).reshape(rewards.shape), shaped, scores.reshape(rewards.shape))
         if variant.baseline == "group":
-            relative = returns.group_relative(
-                shaped, scale=variant.scale, valid=has_reward, ddof=ddof, eps=eps
-            )
+            relative = returns.group_relative(shaped, scale=variant.scale, valid=has_reward, ddof=ddof, eps=eps)
         else:
             relative = returns.leave_one_out(shaped, valid=has_reward)
         to_go = jnp.broadcast_to(relative.reshape(-1, 1), mask.shape)
@@ -280,9 +276,7 @@ def surrogate(
     to_level, per_form = choice("level", level, LEVELS), choice("form", form, FORMS)
     if jnp.ndim(advantages) == 1:
         if segment_ids is not None:
-            raise ValueError(
-                "advantages is [B] but rows hold several packed sequences: give one per token, [B, T]"
-            )
+            raise ValueError("advantages is [B] but rows hold several packed sequences: give one per token, [B, T]")
         same_shape("[B]", advantages=advantages, rows_of_log_probs=log_probs[:, 0])
         advantages = jnp.broadcast_to(advantages[:, None], log_probs.shape)
     same_shape("[B, T]", log_probs=log_probs, advantages=advantages)
@@ -357,9 +351,7 @@ def _reinforce(log_probs, log_ratio, advantages, *, to_level, clip_low, clip_hig
 
 def _mirror(log_probs, log_ratio, advantages, *, to_level, clip_low, clip_high, dual_clip, tau):
     distance = to_level(log_ratio)
-    return -advantages * to_level(log_probs) + 0.5 * tau * jnp.square(distance), _unclipped(
-        importance_ratio(distance)
-    )
+    return -advantages * to_level(log_probs) + 0.5 * tau * jnp.square(distance), _unclipped(importance_ratio(distance))
 
 
 def _flag(condition):
@@ -429,8 +421,7 @@ def loss(
     if ref_log_probs is None:
         if wants_kl:
             raise ValueError(
-                f"kl_coef is {kl_coef} but ref_log_probs is None: pass the log-probs of the reference, "
-                "or kl_coef=0"
+                f"kl_coef is {kl_coef} but ref_log_probs is None: pass the log-probs of the reference, or kl_coef=0"
             )
         return values, diagnostics
     same_shape("[B, T]", log_probs=log_probs, ref_log_probs=ref_log_probs)

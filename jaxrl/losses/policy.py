@@ -42,9 +42,7 @@ def clipped_surrogate(
     """
     same_shape("[...]", ratio=ratio, advantages=advantages)
     if dual_clip is not None and dual_clip <= 1.0:
-        raise ValueError(
-            f"dual_clip is {dual_clip}, expected a bound on the ratio above 1 (3 is usual) or None"
-        )
+        raise ValueError(f"dual_clip is {dual_clip}, expected a bound on the ratio above 1 (3 is usual) or None")
     ratio = jnp.asarray(ratio, jnp.float32)
     advantages = jax.lax.stop_gradient(jnp.asarray(advantages, jnp.float32))
     lowest, highest = clip_bounds(clip_low, clip_high)
@@ -62,9 +60,7 @@ def clipped_surrogate(
 
 def clip_bounds(clip_low: float | None, clip_high: float | None) -> tuple[float, float]:
     """The interval [1 - clip_low, 1 + clip_high] in which a ratio is left alone; None opens that side."""
-    return (-jnp.inf if clip_low is None else 1.0 - clip_low), (
-        jnp.inf if clip_high is None else 1.0 + clip_high
-    )
+    return (-jnp.inf if clip_low is None else 1.0 - clip_low), (jnp.inf if clip_high is None else 1.0 + clip_high)
 
 
 def importance_ratio(log_ratio: jax.Array) -> jax.Array:
@@ -187,9 +183,7 @@ def value_loss(
     loss = jnp.square(values - targets)
     if clip is not None:
         if old_values is None:
-            raise ValueError(
-                f"clip is {clip} but old_values is None: pass the values the batch was collected with"
-            )
+            raise ValueError(f"clip is {clip} but old_values is None: pass the values the batch was collected with")
         old = jax.lax.stop_gradient(jnp.asarray(old_values, jnp.float32))
         loss = jnp.maximum(loss, jnp.square(old + jnp.clip(values - old, -clip, clip) - targets))
     return 0.5 * loss

@@ -135,8 +135,7 @@ def loss(
     Returns:
       ([N] float32, {"chosen_rewards", "rejected_rewards" (beta score), "margin" (their difference),
       "accuracy" (1.0 where the chosen one is ahead)}: [N] without gradient). With a sorted pairing values are
-      in order of rank, and
-      depend on the whole batch: micro-batches and shards are then batches of their own.
+      in order of rank and depend on the whole batch: micro-batches and shards are batches of their own.
 
     Raises:
       ValueError: shapes that do not fit, a missing reference or missing lengths, an unknown name.
@@ -181,15 +180,11 @@ def _scores(log_probs, ref_log_probs, lengths, variant):
     log_probs = jnp.asarray(log_probs, jnp.float32)
     if variant.score == "log_ratio":
         if ref_log_probs is None:
-            raise ValueError(
-                "this variant scores log pi / ref: pass ref_chosen_log_probs and ref_rejected_log_probs"
-            )
+            raise ValueError("this variant scores log pi / ref: pass ref_chosen_log_probs and ref_rejected_log_probs")
         ref = jax.lax.stop_gradient(jnp.asarray(ref_log_probs, jnp.float32))
-        return (
-            (_per_token(log_probs, lengths), _per_token(ref, lengths))
-            if variant.per_token
-            else (log_probs, ref)
-        )
+        if variant.per_token:
+            return _per_token(log_probs, lengths), _per_token(ref, lengths)
+        return log_probs, ref
     if variant.score == "log_prob":
         score = _per_token(log_probs, lengths) if variant.per_token else log_probs
     elif variant.score == "log_odds":
@@ -202,17 +197,13 @@ def _scores(log_probs, ref_log_probs, lengths, variant):
 
 def _per_token(log_probs, lengths):
     if lengths is None:
-        raise ValueError(
-            "this variant divides by the response's length: pass chosen_lengths and rejected_lengths"
-        )
+        raise ValueError("this variant divides by the response's length: pass chosen_lengths and rejected_lengths")
     return log_probs / jnp.maximum(jnp.asarray(lengths, jnp.float32), 1.0)
 
 
 PAIRINGS: dict[str, Callable[..., jax.Array]] = {
     # The pair's own margin.
-    "pairs": lambda chosen, rejected, ref_chosen, ref_rejected: (
-        (chosen - ref_chosen) - (rejected - ref_rejected)
-    ),
+    "pairs": lambda chosen, rejected, ref_chosen, ref_rejected: (chosen - ref_chosen) - (rejected - ref_rejected),
     # AOT, paired: the i-th smallest of the policy's margins against the i-th smallest of the reference's.
     "sorted_margins": lambda chosen, rejected, ref_chosen, ref_rejected: (
         jnp.sort(chosen - rejected) - jnp.sort(ref_chosen - ref_rejected)
@@ -233,9 +224,7 @@ def _sigmoid(margin, chosen, rejected, *, beta, label_smoothing):
 
 def _robust(margin, chosen, rejected, *, beta, label_smoothing):
     if not 0.0 <= label_smoothing < 0.5:
-        raise ValueError(
-            f"label_smoothing is {label_smoothing}, expected a share of flipped labels in [0, 0.5)"
-        )
+        raise ValueError(f"label_smoothing is {label_smoothing}, expected a share of flipped labels in [0, 0.5)")
     agree, disagree = jax.nn.log_sigmoid(beta * margin), jax.nn.log_sigmoid(-beta * margin)
     return (-(1.0 - label_smoothing) * agree + label_smoothing * disagree) / (1.0 - 2.0 * label_smoothing)
 
@@ -250,9 +239,7 @@ def _hinge(margin, chosen, rejected, *, beta, label_smoothing):
 
 def _exo(margin, chosen, rejected, *, beta, label_smoothing):
     if not 0.0 < label_smoothing < 1.0:
-        raise ValueError(
-            f"label_smoothing is {label_smoothing}, expected in (0, 1): exo needs soft labels, as 1e-3"
-        )
+        raise ValueError(f"label_smoothing is {label_smoothing}, expected in (0, 1): exo needs soft labels, as 1e-3")
     agree, disagree = jax.nn.log_sigmoid(beta * margin), jax.nn.log_sigmoid(-beta * margin)
     return jnp.exp(agree) * (agree - jnp.log1p(-label_smoothing)) + jnp.exp(disagree) * (
         disagree - jnp.log(label_smoothing)

@@ -89,9 +89,7 @@ def expected_sarsa(
     """
     same_shape("[..., A]", q_t=q_t, probs_a_t=probs_a_t)
     v_t = jnp.sum(jnp.asarray(probs_a_t, jnp.float32) * jnp.asarray(q_t, jnp.float32), axis=-1)
-    return td_learning(
-        _chosen(q_tm1, a_tm1), r_t, discount_t, v_t, stop_target_gradients=stop_target_gradients
-    )
+    return td_learning(_chosen(q_tm1, a_tm1), r_t, discount_t, v_t, stop_target_gradients=stop_target_gradients)
 
 
 def q_learning(
@@ -140,9 +138,7 @@ def double_q_learning(
     """
     same_shape("[..., A]", q_t_value=q_t_value, q_t_selector=q_t_selector)
     v_t = _chosen(q_t_value, jnp.argmax(q_t_selector, axis=-1))
-    return td_learning(
-        _chosen(q_tm1, a_tm1), r_t, discount_t, v_t, stop_target_gradients=stop_target_gradients
-    )
+    return td_learning(_chosen(q_tm1, a_tm1), r_t, discount_t, v_t, stop_target_gradients=stop_target_gradients)
 
 
 def n_step_td_learning(

@@ -43,12 +43,11 @@ def group_relative(
     if scale == "none":
         return centred
     if scale == "std":
-        deviation = centred
         count = valid.sum(axis=-1, keepdims=True)
-        std = jnp.sqrt(jnp.square(deviation).sum(axis=-1, keepdims=True) / jnp.maximum(count - ddof, 1))
+        std = jnp.sqrt(jnp.square(centred).sum(axis=-1, keepdims=True) / jnp.maximum(count - ddof, 1))
     elif scale == "batch":
-        deviation = _centred(rewards.reshape(-1), valid.reshape(-1))
-        std = jnp.sqrt(jnp.square(deviation).sum() / jnp.maximum(valid.sum() - ddof, 1))
+        of_batch = _centred(rewards.reshape(-1), valid.reshape(-1))
+        std = jnp.sqrt(jnp.square(of_batch).sum() / jnp.maximum(valid.sum() - ddof, 1))
     else:
         raise ValueError(f"scale is {scale!r}, expected 'std', 'none' or 'batch'")
     return jnp.where(centred == 0.0, 0.0, centred / jnp.where(std > 0.0, std + eps, 1.0))
@@ -79,9 +78,7 @@ def leave_one_out(rewards: jax.Array, *, valid: jax.Array | None = None) -> jax.
 def _groups(rewards, valid) -> tuple[jax.Array, jax.Array]:
     rewards = jnp.asarray(rewards, jnp.float32)
     if rewards.ndim not in (1, 2):
-        raise ValueError(
-            f"rewards has shape {rewards.shape}, expected [G] or [P, G]: reshape flat rewards to [P, G]"
-        )
+        raise ValueError(f"rewards has shape {rewards.shape}, expected [G] or [P, G]: reshape flat rewards to [P, G]")
     if rewards.shape[-1] < 2:
         raise ValueError(
             f"rewards has shape {rewards.shape}: groups (the last axis) of {rewards.shape[-1]} answer(s). "

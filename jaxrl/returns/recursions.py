@@ -32,9 +32,7 @@ def discounted_scan(x_t: jax.Array, decay_t: jax.Array | float, init: jax.Array 
     return jax.lax.scan(step, jnp.asarray(init, jnp.float32), (x_t, decay_t), reverse=True)[1]
 
 
-def discounted_returns(
-    r_t: jax.Array, discount_t: jax.Array | float, bootstrap: jax.Array | float = 0.0
-) -> jax.Array:
+def discounted_returns(r_t: jax.Array, discount_t: jax.Array | float, bootstrap: jax.Array | float = 0.0) -> jax.Array:
     """Monte-Carlo returns G_t = r_t + discount_t G_{t+1}, with `bootstrap` the value after the last step.
 
     Args:

@@ -368,6 +368,16 @@ def test_log_ratio_clamp_kills_the_gradient_outside():
     assert_close(grad, [[np.exp(0.5), 0.0]])
 
 
+def test_advantages_are_constants():
+    lp, _, ref, _, mask = prepare("rloo")
+
+    def total(rewards, lp):
+        return group.advantages(rewards, mask, variant=PRESETS["rloo"], log_probs=lp, ref_log_probs=ref)[0, 0]
+
+    for grad in jax.grad(total, (0, 1))(jnp.arange(8.0).reshape(4, 2), lp):
+        assert not grad.any()
+
+
 def test_gspo_and_gspo_token_agree_when_advantages_are_constant():
     batch, rewards, mask = make_batch("gspo")
     gspo = evaluate(PRESETS["gspo"], to_jax(batch, mask), rewards, mask)
@@ -379,9 +389,7 @@ def test_gspo_and_gspo_token_agree_when_advantages_are_constant():
 def test_gspo_token_weighs_tokens_by_their_own_advantages():
     variant, mask = PRESETS["gspo_token"], jnp.ones((1, 2))
     lp = jnp.array([[-1.0, -2.0]])
-    grad = jax.grad(
-        lambda lp: group.loss(lp, lp, None, jnp.array([[3.0, -1.0]]), mask, variant=variant)[0].sum()
-    )(lp)
+    grad = jax.grad(lambda lp: group.loss(lp, lp, None, jnp.array([[3.0, -1.0]]), mask, variant=variant)[0].sum())(lp)
     assert_close(grad, [[-3.0, 1.0]])
 
 
@@ -410,9 +418,7 @@ def test_kimi_reaches_the_closed_form_of_its_problem():
 
     def gradient(log_probs, baseline):
         values_grad = jax.grad(
-            lambda lp: group.loss(lp, old, None, jnp.float32(rewards - baseline), mask, variant=variant)[
-                0
-            ].sum()
+            lambda lp: group.loss(lp, old, None, jnp.float32(rewards - baseline), mask, variant=variant)[0].sum()
         )(log_probs[:, None])
         return values_grad[:, 0]
 
@@ -426,9 +432,7 @@ def test_kimi_reaches_the_closed_form_of_its_problem():
 
     def population(logits):
         log_probs = jax.nn.log_softmax(logits)[:, None]
-        values, _ = group.loss(
-            log_probs, old, None, jnp.float32(rewards - tau * log_z), mask, variant=variant
-        )
+        values, _ = group.loss(log_probs, old, None, jnp.float32(rewards - tau * log_z), mask, variant=variant)
         return (weight * values[:, 0]).sum()
 
     step = jax.jit(lambda x: x - 3.0 * jax.grad(population)(x))

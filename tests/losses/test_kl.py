@@ -15,9 +15,7 @@ def distributions():
     """Logits of policy, reference and an older policy over K outcomes."""
     rng = np.random.default_rng(0)
     policy = rng.normal(size=K)
-    return [
-        jnp.float32(x) for x in (policy, policy + 1.2 * rng.normal(size=K), policy + 0.4 * rng.normal(size=K))
-    ]
+    return [jnp.float32(x) for x in (policy, policy + 1.2 * rng.normal(size=K), policy + 0.4 * rng.normal(size=K))]
 
 
 LOGITS, REF_LOGITS, OLD_LOGITS = distributions()

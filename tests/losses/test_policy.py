@@ -23,9 +23,7 @@ def assert_close(actual, expected, **kwargs):
 @pytest.mark.parametrize("low, high, dual", [(0.2, 0.2, None), (0.1, 0.3, None), (0.2, 0.2, 1.3)])
 def test_ppo_clip(low, high, dual):
     def total(lp, old, advantages):
-        values, diagnostics = policy.ppo_clip(
-            lp, old, advantages, clip_low=low, clip_high=high, dual_clip=dual
-        )
+        values, diagnostics = policy.ppo_clip(lp, old, advantages, clip_low=low, clip_high=high, dual_clip=dual)
         return values.sum(), (values, diagnostics)
 
     grads, (values, diagnostics) = jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(
@@ -50,9 +48,7 @@ def test_reinforce_and_policy_gradient():
     assert_close(policy.policy_gradient(LP, ADVANTAGES), -LP * ADVANTAGES)
     assert_close(policy.reinforce(LP, ADVANTAGES), -LP * ADVANTAGES)
     assert_close(policy.reinforce(LP, ADVANTAGES, baseline), -LP * (ADVANTAGES - baseline))
-    grads = jax.grad(lambda *x: policy.reinforce(*x).sum(), (0, 1, 2))(
-        *map(jnp.float32, (LP, ADVANTAGES, baseline))
-    )
+    grads = jax.grad(lambda *x: policy.reinforce(*x).sum(), (0, 1, 2))(*map(jnp.float32, (LP, ADVANTAGES, baseline)))
     assert_close(grads[0], baseline - ADVANTAGES)
     assert not grads[1].any() and not grads[2].any()
 
@@ -87,18 +83,14 @@ def test_value_loss(clip):
 
     grads, each = jax.grad(total, (0, 1, 2), has_aux=True)(*map(jnp.float32, (values, targets, old)))
     assert_close(each, oracle.value_loss(values, targets, old, clip))
-    assert_close(
-        grads[0], gradient(lambda v: oracle.value_loss(v, targets, old, clip).sum(), values), rtol=1e-4
-    )
+    assert_close(grads[0], gradient(lambda v: oracle.value_loss(v, targets, old, clip).sum(), values), rtol=1e-4)
     assert not grads[1].any() and not grads[2].any()
 
 
 def test_entropy():
     logits = RNG.normal(size=(4, 5)) * 3
     assert_close(policy.entropy_from_logits(logits), oracle.entropy(logits))
-    assert_close(
-        policy.entropy_from_log_probs(jax.nn.log_softmax(jnp.float32(logits))), oracle.entropy(logits)
-    )
+    assert_close(policy.entropy_from_log_probs(jax.nn.log_softmax(jnp.float32(logits))), oracle.entropy(logits))
     grad = jax.grad(lambda x: policy.entropy_from_logits(x).sum())(jnp.float32(logits))
     assert_close(grad, gradient(lambda x: oracle.entropy(x).sum(), logits), rtol=1e-3, atol=1e-5)
     assert_close(policy.entropy_from_logits(jnp.zeros(8)), np.log(8))

@@ -66,10 +66,7 @@ def compiled(variant):
 
 def columns(batch):
     """The oracle's arguments in float64: four sums and two lengths, each [N]."""
-    sums = [
-        np.where(batch[key.removeprefix("ref_") + "_mask"], np.float64(batch[key]), 0.0).sum(1)
-        for key in FOUR
-    ]
+    sums = [np.where(batch[key.removeprefix("ref_") + "_mask"], np.float64(batch[key]), 0.0).sum(1) for key in FOUR]
     return [*sums, batch["chosen_mask"].sum(1), batch["rejected_mask"].sum(1)]
 
 
@@ -114,9 +111,7 @@ def test_better_chosen_is_less_loss(name):
     if name == "apo_down":  # s(b c) + 1 - s(b D): at D = c it is flat, and it always pushes rejected down
         return
     if name == "nca":  # its middle term holds the chosen reward back above log 3
-        assert (
-            chosen[np.repeat(columns(batch)[0] < columns(batch)[2], batch["chosen_mask"].sum(1))] < 0
-        ).all()
+        assert (chosen[np.repeat(columns(batch)[0] < columns(batch)[2], batch["chosen_mask"].sum(1))] < 0).all()
         return
     assert (chosen < 0).all()
 
@@ -126,9 +121,7 @@ def test_micro_batches_add_up(name):
     batch = make_batch()
     values, grads, _ = compiled(PRESETS[name])(batch)
     for start in (0, 4):
-        part_values, part_grads, _ = compiled(PRESETS[name])(
-            {k: v[start : start + 4] for k, v in batch.items()}
-        )
+        part_values, part_grads, _ = compiled(PRESETS[name])({k: v[start : start + 4] for k, v in batch.items()})
         assert_close(part_values, values[start : start + 4])
         assert_close(part_grads["chosen"], grads["chosen"][start : start + 4])
 
@@ -186,8 +179,7 @@ def test_bfloat16_vmap_and_garbage_under_the_mask(name):
     assert_close(actual, expected)
 
     garbage = {
-        k: np.where(full[k.removeprefix("ref_") + "_mask"], full[k], np.nan) if k in FOUR else full[k]
-        for k in full
+        k: np.where(full[k.removeprefix("ref_") + "_mask"], full[k], np.nan) if k in FOUR else full[k] for k in full
     }
     values, grads, _ = compiled(PRESETS[name])(garbage)
     assert_close(values, expected, rtol=0, atol=0)

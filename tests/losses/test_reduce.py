@@ -98,9 +98,7 @@ def test_sequence_sums_and_spread():
     assert segments.spread(sums, length=4, segment_ids=ids).tolist() == [[3.0, 3.0, 3.0, 4.0]]
     assert segments.sequence_sums(values, jnp.array([[1, 0, 1, 1]])).tolist() == [[8.0]]
     again = jnp.array([[1, 1, 2, 1]])  # equal ids apart are not one sequence
-    assert segments.sequence_sums(values, jnp.ones((1, 4)), segment_ids=again).tolist() == [
-        [3.0, 3.0, 4.0, 0.0]
-    ]
+    assert segments.sequence_sums(values, jnp.ones((1, 4)), segment_ids=again).tolist() == [[3.0, 3.0, 4.0, 0.0]]
 
 
 def test_elements_of_any_shape():

@@ -55,9 +55,7 @@ def test_td_learning():
     assert_close(td.td_learning(v_tm1, R, D, v_t), R + D * v_t - v_tm1)
     assert_close(td.td_learning(v_tm1, R, 0.5, v_t), R + 0.5 * v_t - v_tm1)
     assert_close(td.td_learning(v_tm1[0], R[0], D[0], v_t[0]), R[0] + D[0] * v_t[0] - v_tm1[0])
-    grads = jax.grad(lambda *v: td.td_learning(v[0], R, D, v[1]).sum(), (0, 1))(
-        jnp.float32(v_tm1), jnp.float32(v_t)
-    )
+    grads = jax.grad(lambda *v: td.td_learning(v[0], R, D, v[1]).sum(), (0, 1))(jnp.float32(v_tm1), jnp.float32(v_t))
     assert_close(grads[0], -np.ones(T))
     assert not grads[1].any()
 
@@ -90,9 +88,9 @@ def test_n_step_errors():
     )
     assert_close(grads[0], -np.ones(T))
     assert not grads[1].any()
-    through = jax.grad(
-        lambda v: td.n_step_td_learning(v_tm1, R, D, v, n=3, stop_target_gradients=False).sum()
-    )(jnp.float32(v_t))
+    through = jax.grad(lambda v: td.n_step_td_learning(v_tm1, R, D, v, n=3, stop_target_gradients=False).sum())(
+        jnp.float32(v_t)
+    )
     assert_close(through, gradient(lambda v: returns_oracle.n_step(R, D, v, 3).sum(), v_t))
 
 

@@ -55,9 +55,7 @@ def test_bradley_terry(margin, centring):
         values, diagnostics = reward.bradley_terry(chosen, rejected, margin=margin, centring=centring)
         return values.sum(), (values, diagnostics)
 
-    grads, (values, diagnostics) = jax.grad(total, (0, 1), has_aux=True)(
-        jnp.float32(CHOSEN), jnp.float32(REJECTED)
-    )
+    grads, (values, diagnostics) = jax.grad(total, (0, 1), has_aux=True)(jnp.float32(CHOSEN), jnp.float32(REJECTED))
     assert_close(values, oracle.bradley_terry(CHOSEN, REJECTED, margin, centring))
     expected = gradient(lambda w: oracle.bradley_terry(w, REJECTED, margin, centring).sum(), CHOSEN)
     assert_close(grads[0], expected, rtol=1e-4)
@@ -74,9 +72,7 @@ def test_margin_of_each_pair_and_constant_diagnostics():
         values,
         [oracle.bradley_terry([w], [x], m)[0] for w, x, m in zip(CHOSEN, REJECTED, margins, strict=True)],
     )
-    grad = jax.grad(lambda x: sum(d.sum() for d in reward.bradley_terry(x, REJECTED)[1].values()))(
-        jnp.float32(CHOSEN)
-    )
+    grad = jax.grad(lambda x: sum(d.sum() for d in reward.bradley_terry(x, REJECTED)[1].values()))(jnp.float32(CHOSEN))
     assert not grad.any()
 
 

@@ -31,9 +31,7 @@ def grpo(lp, at, old, ref, rewards, mask, kl_coef=0.04):
     for i, ts in rows:
         of_row = 0.0
         for t in ts:
-            of_row += clipped(np.exp(lp[i, t] - old[i, t]), a[i], 0.2, 0.2) - kl_coef * k3(
-                lp[i, t], ref[i, t]
-            )
+            of_row += clipped(np.exp(lp[i, t] - old[i, t]), a[i], 0.2, 0.2) - kl_coef * k3(lp[i, t], ref[i, t])
         total += of_row / len(ts)
     return -total / len(rows)
 
