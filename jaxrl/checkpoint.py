@@ -1,8 +1,8 @@
 """Checkpoints of one pytree: atomic, verified, the newest few kept. Orbax stands behind this file and nowhere else.
 
-A checkpoint is a folder named by its step. It is written under a temporary name with a manifest of checksums and renamed
-when complete, so a killed process leaves either a whole checkpoint or one that is never looked at; a file damaged later
-is found by its checksum, and the checkpoint before it is used instead.
+A checkpoint is a folder named by its step. It is written under a temporary name, with a manifest of checksums, and
+renamed when complete, so a killed process leaves either a whole checkpoint or one that is never looked at. A file
+damaged later is found by its checksum, and the checkpoint before it is used instead.
 """
 
 import hashlib
@@ -81,9 +81,7 @@ def restore(directory: str | os.PathLike, like: Any = None, *, step: int | None 
     for candidate in reversed(found):
         folder = Path(directory).absolute() / str(candidate)
         if not folder.is_dir():
-            raise FileNotFoundError(
-                f"no checkpoint {candidate} in {directory}; found steps {steps(directory)}"
-            )
+            raise FileNotFoundError(f"no checkpoint {candidate} in {directory}; found steps {steps(directory)}")
         try:
             _verify(folder)
         except CorruptCheckpoint as error:
@@ -113,9 +111,7 @@ def _compare(target: Any, saved: Any, folder: Path) -> None:
 
     expected, given = shapes(target), shapes(saved)
     faults = [
-        f"{n}: saved {given[n]}, expected {expected[n]}"
-        for n in expected
-        if n in given and given[n] != expected[n]
+        f"{n}: saved {given[n]}, expected {expected[n]}" for n in expected if n in given and given[n] != expected[n]
     ]
     faults += [f"{n}: not in the checkpoint" for n in expected if n not in given]
     faults += [f"{n}: in the checkpoint only" for n in given if n not in expected]
@@ -164,9 +160,7 @@ def _verify(folder: Path) -> None:
     given = _checksums(folder)
     damaged = sorted(name for name in expected if given.get(name) != expected[name])
     if damaged:
-        raise CorruptCheckpoint(
-            f"checkpoint {folder} is damaged: {', '.join(damaged[:3])} missing or changed"
-        )
+        raise CorruptCheckpoint(f"checkpoint {folder} is damaged: {', '.join(damaged[:3])} missing or changed")
 
 
 def _flush(folder: Path) -> None:

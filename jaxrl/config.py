@@ -26,9 +26,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def parse(
-    config: type[T] | T, argv: Sequence[str], *, prog: str | None = None, description: str | None = None
-) -> T:
+def parse(config: type[T] | T, argv: Sequence[str], *, prog: str | None = None, description: str | None = None) -> T:
     """Fill a config from command-line flags, over a TOML file, over defaults.
 
     config: a frozen dataclass, or an instance whose values are the defaults.
@@ -120,9 +118,7 @@ def _fill(config: Any, values: dict[str, Any], *, source: str, prefix: str = "",
     for name, field in fields.items():
         if name not in filled and _default(field) is dataclasses.MISSING:
             if missing is None:
-                raise ValueError(
-                    f"{source}: no value for {prefix + name!r} of {cls.__name__}, which has no default"
-                )
+                raise ValueError(f"{source}: no value for {prefix + name!r} of {cls.__name__}, which has no default")
             filled[name] = missing
     try:
         return cls(**filled)
@@ -152,9 +148,7 @@ def _convert(hint: Any, value: Any, *, source: str, key: str, default: Any, miss
         items = args[:1] * len(value) if origin is list or args[-1:] == (...,) else args
         if len(items) == len(value):
             keys = (f"{key}[{i}]" for i in range(len(value)))
-            return origin(
-                _convert(*hv, **again | {"key": k}) for k, *hv in zip(keys, items, value, strict=True)
-            )
+            return origin(_convert(*hv, **again | {"key": k}) for k, *hv in zip(keys, items, value, strict=True))
     if origin is dict and isinstance(value, dict):
         return {k: _convert(args[1], v, **again | {"key": f"{key}.{k}"}) for k, v in value.items()}
     if origin is typing.Literal and any(value == a and type(value) is type(a) for a in args):

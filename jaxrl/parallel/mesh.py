@@ -31,13 +31,9 @@ def make_mesh(spec: str = "", *, devices=None) -> Mesh:
         if name not in sizes:
             near = difflib.get_close_matches(name, AXES, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(
-                f"mesh {spec!r}: unknown axis {name!r}, expected some of {', '.join(AXES)}{hint}"
-            )
+            raise ValueError(f"mesh {spec!r}: unknown axis {name!r}, expected some of {', '.join(AXES)}{hint}")
         if not size.lstrip("-").isdigit() or int(size) == 0 or int(size) < -1:
-            raise ValueError(
-                f"mesh {spec!r}: the size of {name!r} is {size!r}; expected a positive number, or -1 once"
-            )
+            raise ValueError(f"mesh {spec!r}: the size of {name!r} is {size!r}; expected a positive number, or -1 once")
         sizes[name] = int(size)
     free = [name for name, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -50,6 +46,4 @@ def make_mesh(spec: str = "", *, devices=None) -> Mesh:
             f"mesh {spec!r} has {math.prod(sizes.values())} places for {len(devices)} devices; "
             "the sizes must multiply to the number of devices"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

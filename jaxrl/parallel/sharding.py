@@ -57,13 +57,11 @@ def partition(path: str, shape: Sequence[int], mesh: Mesh, *, rules: Sequence[Ru
                         f"{mesh.shape[axis]} devices of mesh axis {axis!r}; choose another mesh or size"
                     )
             return PartitionSpec(*axes)
-    raise ValueError(
-        f"parameter {path} {tuple(shape)}: no sharding rule fits; add one to parallel.sharding.RULES"
-    )
+    raise ValueError(f"parameter {path} {tuple(shape)}: no sharding rule fits; add one to parallel.sharding.RULES")
 
 
 def state_shardings(state: Any, mesh: Mesh, *, rules: Sequence[Rule] = RULES) -> Any:
-    """A `NamedSharding` for every leaf of a train state (or of its shapes): optimizer moments lie as their parameters."""
+    """A `NamedSharding` for every leaf of a train state, or of its shapes: moments lie as their parameters do."""
 
     def place(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -59,12 +59,10 @@ class GRPOConfig:
             raise ValueError(f"variant is {self.variant!r}; expected one of {', '.join(family.PRESETS)}")
         if self.group < 2 and self.row.baseline != "none":
             raise ValueError(
-                f"group is {self.group}; {self.variant} compares the completions of a prompt and needs at least 2 of them"
+                f"group is {self.group}; {self.variant} compares completions of one prompt and needs at least 2"
             )
         if self.sampling.temperature == 0:
-            raise ValueError(
-                "sampling temperature is 0; greedy completions of a group are all equal and teach nothing"
-            )
+            raise ValueError("sampling temperature is 0; greedy completions of a group are all equal and teach nothing")
         for name, divisor in (("minibatches", self.minibatches), ("micro_batches", self.micro_batches)):
             if divisor < 1 or self.prompts * self.group // self.minibatches % divisor:
                 raise ValueError(
@@ -74,10 +72,7 @@ class GRPOConfig:
     @property
     def row(self) -> family.Variant:
         """The variant with this config's own values put in."""
-        own = {
-            name: getattr(self, name)
-            for name in ("kl_coef", "kl", "clip_low", "clip_high", "scale", "reduction")
-        }
+        own = {name: getattr(self, name) for name in ("kl_coef", "kl", "clip_low", "clip_high", "scale", "reduction")}
         given = {name: value for name, value in own.items() if value is not None}
         return dataclasses.replace(family.PRESETS[self.variant], **given)
 
@@ -139,9 +134,7 @@ def make(
         return update.init_state(params, optimizer, key, reference=reference)
 
     def sample(state, prompts: Prompts):
-        rows = update.epoch_batch(
-            state.key, state.step, batch=config.prompts, examples=prompts.tokens.shape[0]
-        )
+        rows = update.epoch_batch(state.key, state.step, batch=config.prompts, examples=prompts.tokens.shape[0])
         completions = rollout(
             model,
             state.params,
@@ -179,11 +172,7 @@ def make(
         mask = completions.mask
         if config.mask_truncated:
             mask = mask * (completions.finish != Finish.LENGTH)[:, None]
-        old = (
-            log_probs_of(state.params, completions)[0]
-            if updates > 1 or (row.kl_coef and row.kl_in_reward)
-            else None
-        )
+        old = log_probs_of(state.params, completions)[0] if updates > 1 or (row.kl_coef and row.kl_in_reward) else None
         reference = log_probs_of(state.reference, completions)[0] if row.kl_coef else None
         advantages = family.advantages(rewards, mask, variant=row, log_probs=old, ref_log_probs=reference)
         batch = {
@@ -198,9 +187,7 @@ def make(
             value, watched, gradient = update.value_and_grad(
                 loss, state.params, part, micro_batches=config.micro_batches
             )
-            state, trained = update.apply_gradients(
-                state, gradient, value, optimizer, max_grad_norm=max_grad_norm
-            )
+            state, trained = update.apply_gradients(state, gradient, value, optimizer, max_grad_norm=max_grad_norm)
             return state, {**watched, **trained}
 
         if updates == 1:
@@ -211,8 +198,7 @@ def make(
                 lambda state, rows: one(state, jax.tree.map(lambda x: x[rows], batch)), state, order
             )
             metrics = {
-                name: values[-1] if name == "train/skipped" else values.mean()
-                for name, values in stacked.items()
+                name: values[-1] if name == "train/skipped" else values.mean() for name, values in stacked.items()
             }
         metrics |= summary(completions, rewards)
         return state.replace(step=state.step + 1), metrics

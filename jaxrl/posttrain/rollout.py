@@ -146,8 +146,7 @@ def rollout(
             "behaviour": jnp.where(ended, 0.0, behaviour),
         }
         written = {
-            name: jax.lax.dynamic_update_slice(carry[name], value[:, None], (0, step))
-            for name, value in record.items()
+            name: jax.lax.dynamic_update_slice(carry[name], value[:, None], (0, step)) for name, value in record.items()
         }
         finish = jnp.where(token == eos_id, Finish.EOS, -1)
         for sequence in stop:

@@ -59,6 +59,7 @@ def make(
     optimizer: optax.GradientTransformation,
     *,
     max_grad_norm: float = 1.0,
+    constrain: Callable = lambda batch: batch,
 ) -> SFT:
     """The pure functions of a run.
 
@@ -67,6 +68,7 @@ def make(
       model: four functions; see `LanguageModel`.
       optimizer: from `update.make_optimizer`, or any optax transformation.
       max_grad_norm: global norm above which the gradient is scaled down; 0 leaves it.
+      constrain: puts a batch pytree onto the mesh (`parallel.shard_batch`); the identity on one device.
 
     Returns:
       `init(key, params) -> TrainState` and `step(state, data) -> (state, metrics)`, where `data` is a `TokenBatch` of
@@ -78,16 +80,14 @@ def make(
 
     def step(state, data: TokenBatch):
         rows = update.epoch_batch(state.key, state.step, batch=config.batch, examples=data.tokens.shape[0])
-        batch = jax.tree.map(lambda x: x[rows], data)
+        batch = constrain(jax.tree.map(lambda x: x[rows], data))
         value, metrics, gradient = update.value_and_grad(
             lambda params, part: loss(model, params, part),
             state.params,
             batch,
             micro_batches=config.micro_batches,
         )
-        state, trained = update.apply_gradients(
-            state, gradient, value, optimizer, max_grad_norm=max_grad_norm
-        )
+        state, trained = update.apply_gradients(state, gradient, value, optimizer, max_grad_norm=max_grad_norm)
         tokens = batch.loss_mask[:, 1:].sum()
         return state.replace(step=state.step + 1), {**metrics, **trained, "throughput/tokens": tokens}
 

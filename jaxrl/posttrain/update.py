@@ -54,9 +54,7 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
         decay = optax.cosine_decay_schedule(peak, after, config.final_fraction)
     if config.warmup_steps == 0:
         return decay
-    return optax.join_schedules(
-        [optax.linear_schedule(0.0, peak, config.warmup_steps), decay], [config.warmup_steps]
-    )
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, config.warmup_steps), decay], [config.warmup_steps])
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -90,9 +88,7 @@ class TrainState:
     skipped_in_a_row: jax.Array
 
 
-def init_state(
-    params, optimizer: optax.GradientTransformation, key: jax.Array, *, reference=None
-) -> TrainState:
+def init_state(params, optimizer: optax.GradientTransformation, key: jax.Array, *, reference=None) -> TrainState:
     """The state before the first step. `key` is kept for the whole run."""
     zero = lambda: jnp.zeros((), jnp.int32)
     return TrainState(
@@ -204,9 +200,7 @@ def epoch_batch(key: jax.Array, step: jax.Array, *, batch: int, examples: int) -
       `[batch]` int32, without repetition.
     """
     if not 1 <= batch <= examples:
-        raise ValueError(
-            f"a batch of {batch} was asked from {examples} examples; give more data or a smaller batch"
-        )
+        raise ValueError(f"a batch of {batch} was asked from {examples} examples; give more data or a smaller batch")
     per_epoch = examples // batch
     epoch, position = step // per_epoch, step % per_epoch
     order = jax.random.permutation(jax.random.fold_in(key, epoch), examples)

@@ -8,5 +8,6 @@ returns one number for each completion, or None where it cannot tell.
 from jaxrl.posttrain.rewards.exact import Answers as Answers
 from jaxrl.posttrain.rewards.exact import exact_answer as exact_answer
 from jaxrl.posttrain.rewards.exact import exact_text as exact_text
+from jaxrl.posttrain.rewards.host import Reward as Reward
 from jaxrl.posttrain.rewards.host import load_reward as load_reward
 from jaxrl.posttrain.rewards.host import score as score

@@ -24,9 +24,7 @@ def load_reward(spec: str) -> Reward:
     name = name or "reward"
     file = Path(path)
     if not file.is_file() or file.suffix != ".py":
-        raise ValueError(
-            f"reward {spec!r}: {path!r} is not a Python file; expected path/to/rewards.py:function"
-        )
+        raise ValueError(f"reward {spec!r}: {path!r} is not a Python file; expected path/to/rewards.py:function")
     module_spec = importlib.util.spec_from_file_location(file.stem, file)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
@@ -34,9 +32,7 @@ def load_reward(spec: str) -> Reward:
     function = getattr(module, name, None)
     if not callable(function):
         found = sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
-        raise ValueError(
-            f"reward {spec!r}: no function {name!r} in {path}; found {', '.join(found) or 'none'}"
-        )
+        raise ValueError(f"reward {spec!r}: no function {name!r} in {path}; found {', '.join(found) or 'none'}")
     return function
 
 
@@ -83,9 +79,7 @@ def score(
     )
     name = getattr(reward, "__name__", "the reward")
     if not isinstance(values, Sequence | np.ndarray) or len(values) != len(ids):
-        found = (
-            f"{len(values)} values" if isinstance(values, Sequence | np.ndarray) else type(values).__name__
-        )
+        found = f"{len(values)} values" if isinstance(values, Sequence | np.ndarray) else type(values).__name__
         raise ValueError(
             f"{name} returned {found} for {len(ids)} completions; return one number (or None) for each completion"
         )

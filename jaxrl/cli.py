@@ -1,0 +1,247 @@
+"""The command line: `jaxrl COMMAND ...`. Flags come from frozen dataclasses; nothing here computes."""
+
+import dataclasses
+import difflib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+from tyro.conf import Positional
+
+import jaxrl
+from jaxrl import config
+
+Folder = Annotated[str, Positional]
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """Greedy exact-answer accuracy of a run's model."""
+
+    run: Folder
+    """Run folder, such as runs/demo."""
+    data: str = ""
+    """JSONL with prompt and answer; empty takes the run's own held-out problems."""
+    batch: int = 512
+    """Problems decoded at once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Sample completions from a run's model."""
+
+    run: Folder
+    """Run folder, such as runs/demo."""
+    prompt: str
+    """Text to continue."""
+    samples: int = 1
+    """Completions to draw."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_k: int = 0
+    """Keep the k most probable tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens with this much probability."""
+    min_p: float = 0.0
+    """Keep tokens of at least this fraction of the top token's probability."""
+    max_tokens: int = 0
+    """New tokens at most; 0 takes the width the model was trained for."""
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """An interactive prompt: each line is continued by the model."""
+
+    run: Folder
+    """Run folder, such as runs/demo."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    max_tokens: int = 0
+    """New tokens at most; 0 takes the width the model was trained for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataShow:
+    """One tokenised example with its loss mask and EOS marked."""
+
+    file: Annotated[str, Positional]
+    """JSONL file."""
+    index: int = 0
+    """Which record, from 0."""
+    tokenizer: str = "byte"
+    """byte, char:ALPHABET or a tokenizer.json."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Env:
+    """Versions, machine and devices: paste it into a bug report."""
+
+    metrics: bool = False
+    """Print what each metric of metrics.jsonl means instead."""
+
+
+def demo(argv: Sequence[str]) -> None:
+    from jaxrl import demo
+
+    demo.main(config.parse(demo.Demo, argv, prog="jaxrl demo"))
+
+
+def train_sft(argv: Sequence[str]) -> None:
+    from jaxrl.posttrain import recipes
+
+    _train("sft", recipes.SFTRun, recipes.train_sft, argv)
+
+
+def train_grpo(argv: Sequence[str]) -> None:
+    from jaxrl.posttrain import recipes
+
+    _train("grpo", recipes.GRPORun, recipes.train_grpo, argv)
+
+
+def _train(kind: str, options: type, train: Callable, argv: Sequence[str]) -> None:
+    """Parses, trains and says what comes next. `--resume FOLDER` takes its config from the folder; flags override."""
+    from jaxrl import demo, runs
+
+    folder, flags = _take(list(argv), "--resume")
+    default = options
+    if folder is not None:
+        saved, values = runs.read_config(folder)
+        if saved != kind:
+            raise ValueError(f"{folder} is a run of {saved}; resume it with: jaxrl train {saved} --resume {folder}")
+        default = dataclasses.replace(config.from_json(options, values, source=f"{folder}/{runs.CONFIG}"), out=folder)
+    usage = f"{options.__doc__}\n\n--resume FOLDER continues a run from its newest intact checkpoint."
+    run = config.parse(default, flags, prog=f"jaxrl train {kind}", description=usage)
+    outcome = train(run, resume=folder is not None)
+    print(demo.next_steps(outcome.folder, kind=kind))
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    from jaxrl.posttrain import talk
+
+    options = config.parse(Eval, argv, prog="jaxrl eval")
+    result = talk.evaluate(options.run, data=options.data, batch=options.batch)
+    print(f"accuracy {result.accuracy:.4f}  ({result.correct} of {result.problems} problems, greedy)")
+
+
+def generate(argv: Sequence[str]) -> None:
+    from jaxrl.posttrain import talk
+    from jaxrl.posttrain.rollout import Sampling
+
+    options = config.parse(Generate, argv, prog="jaxrl generate")
+    speaker = talk.open_run(options.run, samples=options.samples, sampling=Sampling(
+        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p,
+        max_tokens=options.max_tokens or talk.TRAINED,
+    ))  # fmt: skip
+    for completion in speaker.complete(options.prompt, seed=options.seed):
+        print(f"{options.prompt}{completion.text}" + ("" if completion.finish == "eos" else f"  [{completion.finish}]"))
+
+
+def chat(argv: Sequence[str]) -> None:
+    from jaxrl.posttrain import talk
+    from jaxrl.posttrain.rollout import Sampling
+
+    options = config.parse(Chat, argv, prog="jaxrl chat")
+    sampling = Sampling(temperature=options.temperature, max_tokens=options.max_tokens or talk.TRAINED)
+    speaker = talk.open_run(options.run, sampling=sampling)
+    talk.chat(speaker)
+
+
+def data_show(argv: Sequence[str]) -> None:
+    from rich.console import Console
+
+    from jaxrl.data.show import show
+    from jaxrl.data.tokenizer import load_tokenizer
+
+    options = config.parse(DataShow, argv, prog="jaxrl data show")
+    Console(highlight=False).print(show(options.file, load_tokenizer(options.tokenizer), options.index))
+
+
+def env(argv: Sequence[str]) -> None:
+    options = config.parse(Env, argv, prog="jaxrl env")
+    if options.metrics:
+        from jaxrl.metrics import GLOSSARY
+
+        width = max(map(len, GLOSSARY))
+        print("\n".join(f"{name:<{width}}  {meaning}" for name, meaning in GLOSSARY.items()))
+    else:
+        from jaxrl import runs
+
+        print(json.dumps(runs.environment(), indent=2))
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+    "demo": (demo, "post-train a small model with GRPO, from nothing, in minutes"),
+    "train grpo": (train_grpo, "GRPO and its family on prompts with verifiable answers"),
+    "train sft": (train_sft, "supervised fine-tuning"),
+    "eval": (evaluate, "greedy accuracy of a run's model"),
+    "generate": (generate, "sample completions from a run's model"),
+    "chat": (chat, "talk to a run's model"),
+    "data show": (data_show, "one tokenised example with its loss mask"),
+    "env": (env, "versions and devices, for bug reports"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit status: 0, 1 (the run failed), 2 (usage) or 130 (interrupted)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv in (["--version"], ["-V"]):
+        print(f"jaxrl {jaxrl.__version__}")
+        return 0
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    names = [name for name in COMMANDS if name.split() == argv[: len(name.split())]]
+    if not names:
+        given = " ".join(argv[: 2 if argv[0] in ("train", "data") else 1])
+        near = difflib.get_close_matches(given, COMMANDS, n=1)
+        hint = f"did you mean 'jaxrl {near[0]}'?" if near else "see 'jaxrl --help'"
+        if argv[0] in ("train", "data") and len(argv) == 1 or argv[1:2] in (["-h"], ["--help"]):
+            print(_usage())
+            return 0 if len(argv) > 1 else 2
+        print(f"jaxrl: no command {given!r}; {hint}", file=sys.stderr)
+        return 2
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    command, _ = COMMANDS[names[0]]
+    try:
+        command(argv[len(names[0].split()) :])
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        print(f"jaxrl {names[0]}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  jaxrl {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "jaxrl: reinforcement learning and language-model post-training as pure functions in JAX",
+            "",
+            *lines,
+            "",
+            "'jaxrl COMMAND --help' lists a command's flags; '--config file.toml' fills them from a file.",
+        ]
+    )
+
+
+def _take(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
+    """Takes `flag VALUE` (or `flag=VALUE`) out of the arguments."""
+    for index, word in enumerate(argv):
+        if word == flag:
+            if index + 1 == len(argv):
+                raise ValueError(f"{flag} takes a run folder, got nothing after it")
+            return argv[index + 1], argv[:index] + argv[index + 2 :]
+        if word.startswith(flag + "="):
+            return word.removeprefix(flag + "="), argv[:index] + argv[index + 1 :]
+    return None, argv
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,102 @@
+"""From a data name or file to records, tokenizer and arrays: what the recipes share."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl.data import arithmetic, records
+from jaxrl.data.records import Record
+from jaxrl.data.split import split_by_problem
+from jaxrl.data.tokenizer import Tokenizer, load_tokenizer
+from jaxrl.nets.language_model import LanguageModel
+from jaxrl.posttrain.rewards.exact import Answers
+from jaxrl.posttrain.rollout import Sampling, rollout
+from jaxrl.types import Prompts, Rollout, TokenBatch
+
+BUILT_IN = {"arithmetic": arithmetic.problems, "sloppy_arithmetic": arithmetic.sloppy_problems}
+"""Data that needs no file."""
+
+
+class Task(NamedTuple):
+    """Records on both sides of the split, and how to read them."""
+
+    training: list[Record]
+    held_out: list[Record]
+    tokenizer: Tokenizer
+    marker: str
+
+
+def load_task(data: str, *, tokenizer: Tokenizer | str, marker: str, held_out: int, columns: tuple[str, ...]) -> Task:
+    """Reads and splits the data.
+
+    Args:
+      data: a name of `BUILT_IN` or a JSONL file.
+      tokenizer: a tokenizer, or what `load_tokenizer` takes; empty chooses the built-in data's own, else bytes.
+      marker: text after which an answer stands; empty is that of built-in data, else none.
+      held_out: problems kept out of training.
+      columns: columns that every record must have.
+
+    Raises:
+      ValueError: when the data is neither a name nor a file, or misses a column.
+    """
+    rows, built_in = load_records(data, columns=columns), data in BUILT_IN
+    if isinstance(tokenizer, str):
+        tokenizer = arithmetic.tokenizer() if built_in and not tokenizer else load_tokenizer(tokenizer or "byte")
+    training, kept_back = split_by_problem(rows, held_out=held_out)
+    return Task(training, kept_back, tokenizer, marker or (arithmetic.MARKER if built_in else ""))
+
+
+def load_records(data: str, *, columns: tuple[str, ...]) -> list[Record]:
+    """The records of built-in data or of a JSONL file; errors as `load_task`."""
+    if data in BUILT_IN:
+        return BUILT_IN[data]()
+    if not Path(data).is_file():
+        raise ValueError(f"data {data!r} is no file; expected a .jsonl file or one of {', '.join(BUILT_IN)}")
+    return records.read_jsonl(data, require=columns)
+
+
+def prompts_of(rows: list[Record], tokenizer: Tokenizer, *, pad_to: int | None = None) -> Prompts:
+    """Left-padded prompts of records."""
+    tokens, lengths = records.encode_prompts(rows, tokenizer, pad_to=pad_to)
+    return Prompts(jnp.asarray(tokens), jnp.asarray(lengths))
+
+
+def answers_of(rows: list[Record], tokenizer: Tokenizer) -> Answers:
+    """Right-padded answers of records."""
+    tokens, lengths = records.encode_answers(rows, tokenizer)
+    return Answers(jnp.asarray(tokens), jnp.asarray(lengths))
+
+
+def examples_of(rows: list[Record], tokenizer: Tokenizer) -> TokenBatch:
+    """Supervised examples of records."""
+    examples = records.encode_examples(rows, tokenizer)
+    return TokenBatch(jnp.asarray(examples.tokens), jnp.asarray(examples.loss_mask, jnp.float32))
+
+
+def text_of(completions: Rollout, tokenizer: Tokenizer) -> list[str]:
+    """Decoded completions, without what stands after their end."""
+    rows = zip(np.asarray(completions.completions), np.asarray(completions.lengths), strict=True)
+    return [tokenizer.decode(row[:length].tolist()) for row, length in rows]
+
+
+def make_generate(model: LanguageModel, tokenizer: Tokenizer, sampling: Sampling, *, samples: int = 1) -> Callable:
+    """A compiled `(params, prompts, key) -> Rollout`."""
+
+    @jax.jit
+    def generate(params, prompts: Prompts, key):
+        return rollout(
+            model,
+            params,
+            prompts,
+            key,
+            sampling=sampling,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+            samples=samples,
+        )
+
+    return generate

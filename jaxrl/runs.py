@@ -1,0 +1,144 @@
+"""Run folders: what a run was (config, versions, git state), what it made, and how to open it again."""
+
+import json
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+import jaxrl
+from jaxrl import checkpoint, config
+from jaxrl.data.tokenizer import Tokenizer, load_tokenizer
+from jaxrl.nets.language_model import LanguageModel, language_model
+from jaxrl.nets.transformer import TransformerConfig
+
+CONFIG, MODEL, METRICS, SUMMARY, CHECKPOINTS = (
+    "config.json",
+    "model.json",
+    "metrics.jsonl",
+    "summary.json",
+    "checkpoints",
+)
+
+
+class Model(NamedTuple):
+    """A trained model, opened from its run folder.
+
+    `marker` is the text after which an answer stands (empty: the whole completion), `max_tokens` the completion width
+    it was trained for.
+    """
+
+    language_model: LanguageModel
+    params: Any
+    tokenizer: Tokenizer
+    transformer: TransformerConfig
+    marker: str
+    max_tokens: int
+
+
+def create(folder: str | Path, kind: str, options: Any) -> Path:
+    """Makes a run folder and writes its `config.json`.
+
+    Raises:
+      ValueError: when the folder holds a run already; nothing in it is touched.
+    """
+    path = Path(folder)
+    if (path / CONFIG).exists():
+        raise ValueError(
+            f"{path} holds a run already; continue it with --resume {path}, or choose another folder with --out"
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(path / CONFIG, {"kind": kind, "config": config.to_json(options), **environment()})
+    return path
+
+
+def read_config(folder: str | Path) -> tuple[str, dict[str, Any]]:
+    """The kind of a run and the values of its config.
+
+    Raises:
+      ValueError: when the folder holds no run.
+    """
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no run (no {CONFIG} in it); expected a folder such as runs/demo")
+    saved = json.loads(path.read_text())
+    return saved["kind"], saved["config"]
+
+
+def write_model(
+    folder: Path, transformer: TransformerConfig, tokenizer: Tokenizer, *, marker: str, max_tokens: int
+) -> None:
+    """Writes `model.json`: what it takes to rebuild the network and to talk to it."""
+    write_json(
+        folder / MODEL,
+        {
+            "transformer": config.to_json(transformer),
+            "tokenizer": tokenizer.to_json(),
+            "marker": marker,
+            "max_tokens": max_tokens,
+        },
+    )
+
+
+def load_model(folder: str | Path) -> Model:
+    """Opens the model of a run folder from its newest intact checkpoint.
+
+    Raises:
+      ValueError: when the folder holds no model.
+      FileNotFoundError: when it has no intact checkpoint yet.
+    """
+    path = Path(folder)
+    if not (path / MODEL).is_file():
+        raise ValueError(f"{folder} holds no model (no {MODEL} in it); expected a run folder such as runs/demo")
+    saved = json.loads((path / MODEL).read_text())
+    transformer = config.from_json(TransformerConfig, saved["transformer"], source=str(path / MODEL))
+    state, _ = checkpoint.restore(path / CHECKPOINTS)
+    return Model(
+        language_model(transformer),
+        state["params"],
+        load_tokenizer(saved["tokenizer"]),
+        transformer,
+        saved["marker"],
+        saved["max_tokens"],
+    )
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and git state, as a run folder and a bug report want them."""
+    packages = ("jax", "jaxlib", "flax", "optax", "chex", "orbax-checkpoint", "numpy")
+    return {
+        "versions": {
+            "jaxrl": jaxrl.__version__,
+            "python": sys.version.split()[0],
+            **{name: metadata.version(name) for name in packages},
+        },
+        "machine": {
+            "platform": platform.platform(),
+            "backend": jax.default_backend(),
+            "devices": [str(device) for device in jax.devices()],
+            "processes": jax.process_count(),
+        },
+        "git": _git_state(),
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON under a temporary name and renames it, so a kill leaves the old file or the new one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def _git_state() -> str | None:
+    """Commit of the source tree, marked when it has changes; None outside a checkout."""
+    here = Path(__file__).parent
+    ask = lambda *args: subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout
+    try:
+        commit = ask("rev-parse", "--short", "HEAD").strip()
+        return commit + ("-changed" if ask("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
