@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-LOGITS_PER_CHUNK = 4 * 2**20
+LOGITS_PER_CHUNK = 2 * 2**20  # on CPU chunks of this size also take less time than all tokens at once
+LEAST_CHUNK = 128  # tokens, however large the vocabulary: smaller matrix products are slow
 
 
 @jax.custom_jvp
@@ -16,12 +17,13 @@ def _log_prob_and_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Ar
 def _statistics(logits, targets):
     """log_prob, entropy, and log p of the whole vocabulary (to be fused into what uses it)."""
     x = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    z = x - jnp.max(x, axis=-1, keepdims=True)
+    top = jnp.max(x, axis=-1, keepdims=True)
+    z = x - top
     e = jnp.exp(z)
     total = jnp.sum(e, axis=-1)
     log_total = jnp.log(total)
     mean_z = jnp.sum(jnp.where(e > 0, e * z, 0.0), axis=-1) / total
-    chosen = jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
+    chosen = (jnp.take_along_axis(x, targets[..., None], axis=-1) - top)[..., 0]
     return chosen - log_total, log_total - mean_z, z - log_total[..., None]
 
 
@@ -90,7 +92,7 @@ def token_log_probs(
       targets: int [B, T] in [0, V) (see `select_log_probs`): the token that hidden[:, t] predicts.
       temperature: the sampling temperature, a positive number or a traced scalar.
       soft_cap: bound on the logits before the temperature (Gemma 2), or None.
-      chunk: tokens per chunk; default about four million logits' worth.
+      chunk: tokens per chunk; default about two million logits' worth, at least 128 tokens.
 
     Returns:
       log_probs [B, T] and entropy [B, T] of the tempered distribution, in nats, float32.
@@ -102,7 +104,7 @@ def token_log_probs(
     b, t, d = hidden.shape
     vocabulary = unembedding.shape[1]
     if chunk is None:
-        chunk = max(1, LOGITS_PER_CHUNK // vocabulary)
+        chunk = max(LEAST_CHUNK, LOGITS_PER_CHUNK // vocabulary)
     acc = jnp.promote_types(hidden.dtype, jnp.float32)
 
     def tokens(hidden, unembedding, targets):
