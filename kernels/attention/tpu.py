@@ -396,7 +396,7 @@ def _call(kernel, name, grid, at, table, offset, inputs, outputs, scratch, mask_
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static, q, k, v, leaves, live, offset):
+def _attention(static, q, k, v, leaves, live, offset) -> tuple[jax.Array, jax.Array]:
     return _forward(static, q, k, v, leaves, live, offset)[0]
 
 

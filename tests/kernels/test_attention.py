@@ -234,9 +234,8 @@ def test_composes_with_vmap_scan_and_remat(implementation):
 
     value, grads = jit(jax.value_and_grad(summed, (0, 1, 2)))(q, k, v)
     np.testing.assert_allclose(value, sum(x for x, _ in one_by_one), rtol=1e-5)
-    for n, (_, want) in enumerate(one_by_one):
-        for a, b in zip(grads, want, strict=True):
-            np.testing.assert_allclose(a[n], b, rtol=1e-5, atol=1e-5)
+    for a, b in zip(grads, mapped[1], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", "pallas"])
@@ -252,21 +251,23 @@ def test_decoding_against_a_cache_equals_the_full_pass(implementation):
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", "pallas"])
 def test_same_bits_twice(implementation):
-    case = CASES["packed"]
-    run = functools.partial(value_and_vjp, IMPLEMENTATIONS[implementation], case, *inputs(case))
-    jax.tree.map(np.testing.assert_array_equal, run(), run())
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 130, 2, 4)), jnp.float32) for _ in range(3))
+    call = functools.partial(IMPLEMENTATIONS[implementation], mask=Causal())
+    run = jax.jit(jax.grad(lambda *qkv: jnp.sum(call(*qkv)[0] ** 2), (0, 1, 2)), compiler_options=QUICK)
+    jax.tree.map(np.testing.assert_array_equal, run(q, k, v), run(q, k, v))
 
 
 def temporary_bytes(implementation, t):
     x = jax.ShapeDtypeStruct((1, t, 2, 16), jnp.float32)
     f = lambda q, k, v: jnp.sum(attention(q, k, v, implementation=implementation) ** 2)  # noqa: E731
-    compiled = jax.jit(jax.grad(f, (0, 1, 2))).lower(x, x, x).compile()
+    compiled = jax.jit(jax.grad(f, (0, 1, 2)), compiler_options=QUICK).lower(x, x, x).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
 def test_memory_grows_linearly():
     assert temporary_bytes("xla", 2048) < 2.3 * temporary_bytes("xla", 1024)
-    assert temporary_bytes("reference", 2048) > 3.5 * temporary_bytes("reference", 1024)
+    assert temporary_bytes("reference", 1024) > 3.5 * temporary_bytes("xla", 1024)
 
 
 def test_dead_tiles_are_not_computed():

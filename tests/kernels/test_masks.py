@@ -112,11 +112,8 @@ def test_single_pairs_that_are_forbidden_are_dead(name):
 
 
 def live_tiles(mask, n, block):
-    return sum(
-        bool(mask.live(Tile(i, block, j, block, n, 0, 0)))
-        for i in range(0, n, block)
-        for j in range(0, n, block)
-    )
+    live = jax.jit(lambda mask, i, j: jnp.asarray(mask.live(Tile(i, block, j, block, n, 0, 0))))
+    return sum(bool(live(mask, i, j)) for i in range(0, n, block) for j in range(0, n, block))
 
 
 def test_how_many_tiles_live():
