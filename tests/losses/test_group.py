@@ -26,7 +26,7 @@ def make_batch(name, seed=0):
     """
     rng = np.random.default_rng(seed)
     spread = 4e-4 if name.startswith("gspo") else 0.2
-    pushed = np.array([2, -2, 2, 0, 0, 0, -2, 2])  # with the advantage, and in row 2 against it
+    pushed = np.array([2, -2, 2, 0, 0, 0, 0, 2])  # with the advantage, and in row 2 against it
     mask = np.arange(COLUMNS) < np.array([6, 3, 1, 4, 0, 5, 2, 6])[:, None]
     mask[0, 2] = False
     old = -rng.exponential(size=(ROWS, COLUMNS)) - 0.05
