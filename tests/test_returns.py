@@ -221,12 +221,14 @@ def test_importance_sampling_of_a_sure_policy_is_monte_carlo():
     assert_close(actual, returns.discounted_returns(s["r_t"], s["discount_t"], q[T, actions[T]]), rtol=1e-4, atol=1e-5)
 
 
-def test_the_last_action_may_be_unknown():
+@pytest.mark.parametrize("trace", returns.TRACES)
+def test_the_last_action_may_be_unknown(trace):
     s, q, actions, pi, mu = action_values()
     mu_t = mu[np.arange(T + 1), actions][1:]
-    known = returns.retrace(q[1:], actions[1:], s["r_t"], s["discount_t"], pi[1:], mu_t)
+    args = (q[1:], actions[1:], s["r_t"], s["discount_t"], pi[1:])
+    known = returns.retrace(*args, mu_t, trace=trace)
     mu_t[-1], actions[-1] = 0.0, (actions[-1] + 1) % 3
-    assert_close(returns.retrace(q[1:], actions[1:], s["r_t"], s["discount_t"], pi[1:], mu_t), known, rtol=0, atol=0)
+    assert_close(returns.retrace(*args, mu_t, trace=trace), known, rtol=0, atol=0)
 
 
 def test_streams_vmap_and_jit():
