@@ -146,7 +146,9 @@ def pallas_attention(
     leaves = _operands(settings, mask, q.shape[0], q_offset)
     live = _live_table(settings, mask, q.shape[0], q_offset)
     offset = jnp.asarray(q_offset, jnp.int32).reshape(1)
-    o, lse = _attention((settings, jax.tree.structure(mask), kinds), qh, kh, vh, leaves, live, offset)
+    static = (settings, jax.tree.structure(mask), kinds)
+    both: Any = _attention(static, qh, kh, vh, leaves, live, offset)
+    o, lse = both
     o, lse = jnp.swapaxes(o[:, :, :t], 1, 2), lse[:, :, 0, :t]
     if sinks is not None:  # a key without a value: it only takes its share of the probability
         with_sink = jnp.logaddexp(lse, sinks.astype(lse.dtype)[None, :, None])
@@ -396,7 +398,7 @@ def _call(kernel, name, grid, at, table, offset, inputs, outputs, scratch, mask_
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static, q, k, v, leaves, live, offset) -> tuple[jax.Array, jax.Array]:
+def _attention(static, q, k, v, leaves, live, offset):
     return _forward(static, q, k, v, leaves, live, offset)[0]
 
 
