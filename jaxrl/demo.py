@@ -26,18 +26,18 @@ class Demo:
 
 
 def warm_up(folder: Path, *, seed: int) -> recipes.SFTRun:
-    """Supervised warm-up on sloppy workings, stopped while the model is still often wrong."""
+    """Supervised warm-up on sloppy workings: the model learns the method, and to be wrong more often than not."""
     return recipes.SFTRun(
         data="sloppy_arithmetic",
         out=str(folder / "warm_up"),
         seed=seed,
-        steps=400,
-        chunk=20,
-        eval_every=20,
-        stop_at=0.4,
+        steps=700,
+        chunk=50,
+        eval_every=100,
+        save_every=100,
         max_tokens=arithmetic.MAX_COMPLETION,
         sft=sft.SFTConfig(batch=128),
-        optimizer=update.OptimizerConfig(learning_rate=4e-3, warmup_steps=20, decay="cosine", decay_steps=400),
+        optimizer=update.OptimizerConfig(learning_rate=4e-3, warmup_steps=20, decay="cosine", decay_steps=700),
         model=recipes.ModelConfig(width=64, layers=2, heads=4, kv_heads=2, ffn=256),
     )
 
@@ -49,14 +49,14 @@ def reinforce(folder: Path, *, seed: int) -> recipes.GRPORun:
         init=str(folder / "warm_up"),
         out=str(folder),
         seed=seed,
-        steps=200,
-        chunk=10,
-        eval_every=20,
-        save_every=20,
+        steps=60,
+        chunk=5,
+        eval_every=5,
+        save_every=10,
         grpo=grpo.GRPOConfig(
             prompts=64, group=8, kl_coef=0.001, sampling=Sampling(max_tokens=arithmetic.MAX_COMPLETION)
         ),
-        optimizer=update.OptimizerConfig(learning_rate=5e-4, warmup_steps=10),
+        optimizer=update.OptimizerConfig(learning_rate=3e-4, warmup_steps=10),
     )
 
 
@@ -68,7 +68,7 @@ def main(options: Demo) -> dict:
     begun = time.perf_counter()
     with Display() as view:
         view.note("jaxrl demo: two-digit addition, worked out step by step, e.g. 47+85= is answered 120+12=132")
-        view.note("1. imitate workings that mostly forget the carry   2. GRPO: reward only right answers\n")
+        view.note("1. imitate workings that mostly get the carry wrong   2. GRPO: reward only right answers\n")
         stages = (
             (recipes.train_sft, warm_up(folder, seed=options.seed)),
             (recipes.train_grpo, reinforce(folder, seed=options.seed)),
@@ -101,6 +101,6 @@ def next_steps(folder: Path, *, kind: str = "grpo") -> str:
         f"talk to it        jaxrl chat {folder}\n"
         f"evaluate it       jaxrl eval {folder}\n"
         f"sample from it    jaxrl generate {folder} --prompt 47+85=\n"
-        f"train on          jaxrl train {kind} --resume {folder} --steps 300\n"
+        f"train on          jaxrl train {kind} --resume {folder} --steps 120\n"
         f"on your own data  jaxrl train grpo --init {folder} --data problems.jsonl"
     )

@@ -16,7 +16,7 @@ from jaxrl.data.tokenizer import CharTokenizer
 ALPHABET = "0123456789+="
 MARKER = "="
 MAX_COMPLETION = 12  # "120+12=132" and the EOS, with one to spare
-SLIPS = 0.75
+SLIPS = 0.8
 
 
 def problem(a: int, b: int, *, slip: bool = False) -> Record:
@@ -36,7 +36,7 @@ def problems() -> list[Record]:
 
 
 def sloppy_problems() -> list[Record]:
-    """The same problems, three quarters of them by somebody who slips (always the same ones)."""
+    """The same problems, four fifths of them by somebody who slips (always the same ones)."""
     slips = lambda a, b: int.from_bytes(hashlib.sha256(f"{a}+{b}".encode()).digest()[:4]) < SLIPS * 2**32
     return [problem(a, b, slip=slips(a, b)) for a, b in _pairs()]
 

@@ -63,7 +63,7 @@ def behaviour_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
     vocabulary = logits.shape[-1]
     if sampling.temperature == 0:
         best = jnp.argmax(logits, axis=-1, keepdims=True)
-        return jnp.where(jnp.arange(vocabulary) == best, logits, -jnp.inf)
+        return jnp.where(jax.lax.broadcasted_iota(best.dtype, logits.shape, logits.ndim - 1) == best, logits, -jnp.inf)
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < vocabulary:
         kth = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
@@ -161,13 +161,13 @@ def rollout(
             "lengths": carry["lengths"] + ~ended,
         }
 
-    padding = prompt_width - prompts.lengths
-    segments = (jnp.arange(prompt_width + width) >= padding[:, None]).astype(jnp.int32)
+    padding = (prompt_width - prompts.lengths)[:, None]
+    segments = (jnp.arange(prompt_width + width)[None] >= padding).astype(jnp.int32)
     cache = model.init_cache(number, prompt_width + width)
     hidden, cache = model.apply(
         params,
         prompts.tokens,
-        positions=jnp.maximum(jnp.arange(prompt_width) - padding[:, None], 0),
+        positions=jnp.maximum(jnp.arange(prompt_width)[None] - padding, 0),
         mask=Causal() & Segments(segments[:, :prompt_width], segments),
         cache=cache,
     )
@@ -214,7 +214,7 @@ def _ends_in(tokens: jax.Array, step: jax.Array, sequence: Sequence[int]) -> jax
     """Whether column `step` completes the sequence in each row of `tokens [B, C]`."""
     first = step + 1 - len(sequence)
     columns = jnp.clip(first + jnp.arange(len(sequence)), 0, tokens.shape[1] - 1)
-    return (first >= 0) & (tokens[:, columns] == jnp.asarray(sequence)).all(-1)
+    return (first >= 0) & (tokens[:, columns] == jnp.asarray(sequence)[None]).all(-1)
 
 
 def completion_log_probs(
@@ -234,7 +234,7 @@ def completion_log_probs(
     """
     width = rollout.prompt_width
     inputs = rollout.tokens[:, :-1]
-    columns = jnp.arange(inputs.shape[1])
+    columns = jnp.arange(inputs.shape[1])[None]
     padding = (width - rollout.prompt_lengths)[:, None]
     segments = (columns >= padding).astype(jnp.int32)
     hidden, _ = model.apply(
