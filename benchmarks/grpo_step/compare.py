@@ -1,0 +1,103 @@
+"""Runs the GRPO step of three libraries in turn, each in its own process, and writes results.json and results.md.
+
+python benchmarks/grpo_step/compare.py --trl-python ENV/bin/python --tunix-python ENV/bin/python
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import cases
+
+HERE = Path(__file__).parent
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+    "JAX_PLATFORMS": "cpu",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+
+
+def measure(python: str, script: str, case: str, steps: int, environment: dict[str, str]) -> dict:
+    """The JSON line of one run."""
+    command = [python, str(HERE / script), case, "--steps", str(steps)]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{script} {case} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def summary(runs: list[dict]) -> dict:
+    """Medians over the runs of one library and case; the least CPU time beside them."""
+    middle = {name: statistics.median(run[name] for run in runs) for name in ("cpu_s", "wall_s", "first_step_s")}
+    return {**runs[0], **middle, "cpu_min_s": min(run["cpu_min_s"] for run in runs), "runs": len(runs)}
+
+
+def table(results: list[dict]) -> str:
+    """Markdown, one row for each case and library."""
+    head = "| case | library | CPU ms per step | least | wall ms | CPU against ours | first step s | tokens |"
+    lines = [head, "|---|---|---|---|---|---|---|---|"]
+    for row in results:
+        ours = next(r for r in results if r["case"] == row["case"] and r["library"] == "jaxrl")
+        times = [f"{1e3 * row[name]:.1f}" for name in ("cpu_s", "cpu_min_s", "wall_s")]
+        ratio = f"{row['cpu_s'] / ours['cpu_s']:.1f} x"
+        cells = [row["case"], row["library"], *times, ratio, f"{row['first_step_s']:.1f}", str(row["tokens_per_step"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def processor() -> str:
+    """Model name of the CPU."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.processor()
+
+
+def main():
+    """Measures and writes."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--python", default=sys.executable, help="interpreter with jaxrl")
+    parser.add_argument("--trl-python", help="interpreter with trl")
+    parser.add_argument("--tunix-python", help="interpreter with google-tunix")
+    parser.add_argument("--cases", nargs="+", default=list(cases.CASES), choices=cases.CASES)
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each library, run in turn")
+    parser.add_argument("--steps", type=int, default=40, help="measured steps of a process")
+    parser.add_argument("--default-threads", action="store_true", help="leave XLA's and OpenMP's threads alone")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    options = parser.parse_args()
+
+    libraries = (
+        (options.python, "ours.py"),
+        (options.trl_python, "with_trl.py"),
+        (options.tunix_python, "with_tunix.py"),
+    )
+    environment = {} if options.default_threads else ONE_THREAD
+    results = []
+    for case in options.cases:
+        runs: dict[str, list[dict]] = {}
+        for _ in range(options.rounds):
+            for python, script in libraries:
+                if python is not None:
+                    runs.setdefault(script, []).append(measure(python, script, case, options.steps, environment))
+                    print(json.dumps(runs[script][-1]), flush=True)
+        results += [summary(rows) for rows in runs.values()]
+    about = {
+        "processor": processor(),
+        "python": platform.python_version(),
+        "rounds": options.rounds,
+        "steps": options.steps,
+        "environment": environment,
+        "load_after": os.getloadavg() if hasattr(os, "getloadavg") else None,
+    }
+    options.out.with_suffix(".json").write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
+    options.out.with_suffix(".md").write_text(table(results) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
