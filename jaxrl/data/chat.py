@@ -22,9 +22,7 @@ class Template(Protocol):
     ) -> Tokens: ...
 
 
-def chatml(
-    messages: Sequence[Message], tokenizer: Tokenizer, *, add_generation_prompt: bool = False
-) -> Tokens:
+def chatml(messages: Sequence[Message], tokenizer: Tokenizer, *, add_generation_prompt: bool = False) -> Tokens:
     """Render messages as ChatML: `<|im_start|>role\\ncontent<|im_end|>\\n` for each.
 
     messages: dictionaries with `role` (system | user | assistant) and `content` (text).
@@ -42,9 +40,7 @@ def chatml(
     if start is None or end is None:
         start, end = tokenizer.bos_id, tokenizer.eos_id
         if start is None:
-            raise ValueError(
-                "ChatML needs <|im_start|> and <|im_end|>, or BOS and EOS; this tokeniser has no BOS"
-            )
+            raise ValueError("ChatML needs <|im_start|> and <|im_end|>, or BOS and EOS; this tokeniser has no BOS")
     pieces: list[tuple[list[int], bool]] = []
     for message in messages:
         content = tokenizer.encode(message["content"], special=False)
@@ -71,16 +67,10 @@ def jinja(source: str, *, bos_token: str = "", eos_token: str = "") -> Template:
     """
     render = _renderer(source, bos_token=bos_token, eos_token=eos_token)
 
-    def template(
-        messages: Sequence[Message], tokenizer: Tokenizer, *, add_generation_prompt: bool = False
-    ) -> Tokens:
+    def template(messages: Sequence[Message], tokenizer: Tokenizer, *, add_generation_prompt: bool = False) -> Tokens:
         check_messages(messages)
         text = render(messages, add_generation_prompt)
-        spans = (
-            _tagged(text)
-            if _OPEN in text or "generation %}" in source
-            else _by_prefix(render, messages, text)
-        )
+        spans = _tagged(text) if _OPEN in text or "generation %}" in source else _by_prefix(render, messages, text)
         pieces: list[tuple[list[int], bool]] = []
         for part, trained in spans:
             tail = ""
@@ -96,9 +86,7 @@ def jinja(source: str, *, bos_token: str = "", eos_token: str = "") -> Template:
 def check_messages(messages: Any) -> None:
     """Raise ValueError unless `messages` is a non-empty list of {"role": text, "content": text}."""
     if not isinstance(messages, list | tuple) or not messages:
-        raise ValueError(
-            f"messages is {messages!r}; expected a list of at least one {{'role': ..., 'content': ...}}"
-        )
+        raise ValueError(f"messages is {messages!r}; expected a list of at least one {{'role': ..., 'content': ...}}")
     for i, message in enumerate(messages):
         found = sorted(message) if isinstance(message, dict) else repr(message)
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
@@ -108,9 +96,7 @@ def check_messages(messages: Any) -> None:
         if not isinstance(message["content"], str):
             raise ValueError(f"message {i} has content {message['content']!r}; expected text")
         if message["role"] == "assistant" and not message["content"].strip():
-            raise ValueError(
-                f"message {i}: the assistant's content is empty; it would teach the model to say nothing"
-            )
+            raise ValueError(f"message {i}: the assistant's content is empty; it would teach the model to say nothing")
 
 
 _OPEN, _CLOSE = "\x00generation\x00", "\x00end\x00"  # no JSON text a person writes holds these
@@ -183,9 +169,7 @@ def _renderer(source: str, **tokens: str) -> Any:
 
     def render(messages: Sequence[Message], add_generation_prompt: bool) -> str:
         try:
-            return template.render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **tokens
-            )
+            return template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, **tokens)
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template failed on these messages: {error}") from None
 

@@ -42,9 +42,7 @@ def read_jsonl(path: str | Path, *, require: Sequence[str] = ()) -> list[Record]
     if not path.is_file():
         raise ValueError(f"no file {path}; expected a JSON Lines file, one JSON object per line")
     records = []
-    with path.open(
-        "rb"
-    ) as lines:  # as text it would also split at other line ends, legal inside JSON strings
+    with path.open("rb") as lines:  # as text it would also split at other line ends, legal inside JSON strings
         for number, line in enumerate(lines, start=1):
             with named(f"{path}:{number}"):
                 record = _parse_line(line, first=number == 1)
@@ -278,8 +276,7 @@ def _bos(tokenizer: Tokenizer) -> list[int]:
 def _check_length(ids: Sequence[int], max_length: int | None, what: str) -> None:
     if max_length is not None and len(ids) > max_length:
         raise ValueError(
-            f"{what} has {len(ids)} tokens, longer than max_length = {max_length}. Raise the limit or remove "
-            "the record"
+            f"{what} has {len(ids)} tokens, longer than max_length = {max_length}. Raise the limit or remove the record"
         )
 
 
@@ -290,9 +287,7 @@ def _pad(
     lengths = np.array([len(row) for row in rows], np.int32)
     longest = int(lengths.max(initial=0))
     if width is not None and width < longest:
-        raise ValueError(
-            f"pad_to = {width} is less than the longest row, {longest} tokens (record {lengths.argmax()})"
-        )
+        raise ValueError(f"pad_to = {width} is less than the longest row, {longest} tokens (record {lengths.argmax()})")
     tokens = np.full((len(rows), longest if width is None else width), tokenizer.pad_id, np.int32)
     for row, ids in zip(tokens, rows, strict=True):
         row[len(row) - len(ids) if left else 0 :][: len(ids)] = ids

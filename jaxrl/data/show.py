@@ -27,9 +27,7 @@ def show(path: str | Path, tokenizer: Tokenizer, index: int = 0, *, template: Te
         return show_record(records[index], tokenizer, title=f"{path}, {title}", template=template)
 
 
-def show_record(
-    record: dict[str, Any], tokenizer: Tokenizer, *, title: str, template: Template = chatml
-) -> Text:
+def show_record(record: dict[str, Any], tokenizer: Tokenizer, *, title: str, template: Template = chatml) -> Text:
     """Return one record, tokenised, as `show` does."""
     answer = None
     if "answer" in record and not {"completion", "messages", "text"} & set(record):
@@ -48,9 +46,7 @@ def show_record(
         words = repr("".join(_shown(t, tokenizer, newline="\n") for t in ids[start:end]))
         text.append(f"{start:>5} to {end - 1:<5} {'trained' if mask[start] else 'read':<8} {words}\n")
     if answer is not None:
-        text.append(
-            f"\nexpected answer: {record['answer']!r} ({len(answer)} tokens: {answer})\n", style="green"
-        )
+        text.append(f"\nexpected answer: {record['answer']!r} ({len(answer)} tokens: {answer})\n", style="green")
     elif ids[-1] == tokenizer.eos_id and mask[-1]:
         text.append(f"\nEOS (id {tokenizer.eos_id}) ends the example and is trained\n", style="green")
     else:

@@ -184,9 +184,7 @@ class HuggingFaceTokenizer:
         path = Path(self.file)
         path = (path / "tokenizer.json" if path.is_dir() else path).resolve()
         if not path.is_file():
-            raise ValueError(
-                f"no file {path}; expected a Hugging Face tokenizer.json or the folder that holds it"
-            )
+            raise ValueError(f"no file {path}; expected a Hugging Face tokenizer.json or the folder that holds it")
         object.__setattr__(self, "file", str(path))
         for name in ("eos_token", "pad_token", "bos_token"):
             text = getattr(self, name) or _token_content(self.config.get(name))
@@ -298,9 +296,7 @@ def load_tokenizer(spec: str | dict[str, Any]) -> Tokenizer:
     kinds = {"byte": ByteTokenizer, "char": CharTokenizer, "huggingface": HuggingFaceTokenizer}
     if isinstance(spec, dict):
         if spec.get("kind") not in kinds:
-            raise ValueError(
-                f"a tokeniser's kind is one of {sorted(kinds)}, got {spec.get('kind')!r} in {spec}"
-            )
+            raise ValueError(f"a tokeniser's kind is one of {sorted(kinds)}, got {spec.get('kind')!r} in {spec}")
         return kinds[spec["kind"]].from_json(spec)
     if spec == "byte":
         return ByteTokenizer()
@@ -309,8 +305,7 @@ def load_tokenizer(spec: str | dict[str, Any]) -> Tokenizer:
     if Path(spec).exists():
         return HuggingFaceTokenizer(spec)
     raise ValueError(
-        f'no tokeniser {spec!r}; expected "byte", "char:ALPHABET", or the path of a tokenizer.json or its '
-        "folder"
+        f'no tokeniser {spec!r}; expected "byte", "char:ALPHABET", or the path of a tokenizer.json or its folder'
     )
 
 

@@ -63,11 +63,11 @@ class GRPOConfig:
             )
         if self.sampling.temperature == 0:
             raise ValueError("sampling temperature is 0; greedy completions of a group are all equal and teach nothing")
-        for name, divisor in (("minibatches", self.minibatches), ("micro_batches", self.micro_batches)):
-            if divisor < 1 or self.prompts * self.group // self.minibatches % divisor:
-                raise ValueError(
-                    f"{name} is {divisor}; it must divide the {self.prompts} x {self.group} completions of an iteration"
-                )
+        rows = self.prompts * self.group
+        for name, rows in (("minibatches", rows), ("micro_batches", rows // max(self.minibatches, 1))):
+            parts = getattr(self, name)
+            if parts < 1 or rows % parts:
+                raise ValueError(f"{name} is {parts}; it must divide the {rows} completions that it splits")
 
     @property
     def row(self) -> family.Variant:

@@ -89,11 +89,14 @@ class TrainState:
 
 
 def init_state(params, optimizer: optax.GradientTransformation, key: jax.Array, *, reference=None) -> TrainState:
-    """The state before the first step. `key` is kept for the whole run."""
+    """The state before the first step. `key` is kept for the whole run.
+
+    Parameters are copied: a loop donates its state, and the caller's own stay alive.
+    """
     zero = lambda: jnp.zeros((), jnp.int32)
     return TrainState(
         step=zero(),
-        params=params,
+        params=jax.tree.map(jnp.copy, params),
         opt_state=optimizer.init(params),
         key=key,
         reference=reference,
@@ -168,7 +171,7 @@ def apply_gradients(
     Returns:
       The state (its `step` untouched) and `train/loss`, `train/grad_norm` (before clipping), `train/skipped`.
     """
-    norm = optax.global_norm(gradient)
+    norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     if max_grad_norm > 0:
         scale = jnp.where(norm > max_grad_norm, max_grad_norm / norm, 1.0)

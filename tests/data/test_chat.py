@@ -98,9 +98,7 @@ def test_a_template_that_rewrites_earlier_turns_has_no_exact_mask():
         "{% for m in messages %}[{{ m.role }}]{{ m.content if loop.last else m.content[:1] }}{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    with pytest.raises(
-        ValueError, match="message 2: the chat template writes this assistant turn differently"
-    ):
+    with pytest.raises(ValueError, match="message 2: the chat template writes this assistant turn differently"):
         jinja(forgetful)(TALK, ByteTokenizer())
 
 

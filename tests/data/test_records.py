@@ -218,9 +218,7 @@ def test_a_bad_example_is_named(record, message):
 def test_an_id_outside_the_models_vocabulary_is_named():
     tokens = encode_examples([{"text": "12"}], DIGITS).tokens
     check_vocabulary(tokens, 14)
-    with pytest.raises(
-        ValueError, match=r"tokens \[N, T\] = \[1, 3\] holds id 13 at row 0, column 2; .*\[0, 13\)"
-    ):
+    with pytest.raises(ValueError, match=r"tokens \[N, T\] = \[1, 3\] holds id 13 at row 0, column 2; .*\[0, 13\)"):
         check_vocabulary(tokens, 13)
     with pytest.raises(ValueError, match="prompts .* holds id -1"):
         check_vocabulary(np.array([[0, -1]]), 13, name="prompts")

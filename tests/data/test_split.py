@@ -31,9 +31,7 @@ def test_the_split_does_not_depend_on_the_order(held_out):
     shuffled = random.Random(0).sample(PROBLEMS, len(PROBLEMS))
     training, kept_back = split_by_problem(PROBLEMS, held_out=held_out)
     assert prompts(split_by_problem(shuffled, held_out=held_out)[1]) == prompts(kept_back)
-    assert training == [record for record in PROBLEMS if record["prompt"] in prompts(training)], (
-        "order is kept"
-    )
+    assert training == [record for record in PROBLEMS if record["prompt"] in prompts(training)], "order is kept"
 
 
 def test_a_fraction_keeps_every_problem_on_its_side_when_the_data_grows():
@@ -44,9 +42,7 @@ def test_a_fraction_keeps_every_problem_on_its_side_when_the_data_grows():
 def test_the_hash_is_fixed_for_ever():
     """Another hash would move held-out problems of existing runs into training."""
     assert problem_hash("1+1=") == problem_hash(" 1+1=\n") == 0.14947825774476564
-    assert problem_hash([{"role": "user", "content": "1"}]) == problem_hash(
-        [{"content": "1", "role": "user"}]
-    )
+    assert problem_hash([{"role": "user", "content": "1"}]) == problem_hash([{"content": "1", "role": "user"}])
     assert problem_hash("1+1=", salt="x") != problem_hash("1+1=")
 
 

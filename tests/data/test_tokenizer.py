@@ -77,9 +77,7 @@ def test_an_unknown_character_is_named_with_its_position_and_the_alphabet():
         CharTokenizer("012").encode("12x")
 
 
-@pytest.mark.parametrize(
-    ("alphabet", "message"), [("", "empty alphabet"), ("abca", r"holds \['a'\] more than once")]
-)
+@pytest.mark.parametrize(("alphabet", "message"), [("", "empty alphabet"), ("abca", r"holds \['a'\] more than once")])
 def test_a_bad_alphabet_is_refused(alphabet, message):
     with pytest.raises(ValueError, match=message):
         CharTokenizer(alphabet)

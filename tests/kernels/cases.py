@@ -70,16 +70,10 @@ CASES = {
     "one_token": Case(Full(), lambda b, h, q, k: True, t=1, s=1, scale=0.7),
     "cross": Case(Full(), lambda b, h, q, k: True, t=17, s=150, h=3, k=1, soft_cap=0.5, sinks=True),
     "window": Case(Window(20), lambda b, h, q, k: 0 <= q - k < 20, s=150, q_offset=20, h=2, soft_cap=2.0),
-    "chunked": Case(
-        Causal() & Chunked(33), lambda b, h, q, k: k <= q and q // 33 == k // 33, dv=8, b=1, sinks=True
-    ),
+    "chunked": Case(Causal() & Chunked(33), lambda b, h, q, k: k <= q and q // 33 == k // 33, dv=8, b=1, sinks=True),
     "prefix": Case(Causal() | Prefix(LENGTHS), lambda b, h, q, k: k <= q or k < LENGTHS[b]),
-    "packed": Case(
-        Causal() & Segments(SEGMENTS), lambda b, h, q, k: k <= q and SEGMENTS[b, q] == SEGMENTS[b, k], h=2
-    ),
-    "empty_segments": Case(
-        Segments(Q_IDS, KV_IDS), lambda b, h, q, k: Q_IDS[b, q] == KV_IDS[b, k], t=17, s=40
-    ),
+    "packed": Case(Causal() & Segments(SEGMENTS), lambda b, h, q, k: k <= q and SEGMENTS[b, q] == SEGMENTS[b, k], h=2),
+    "empty_segments": Case(Segments(Q_IDS, KV_IDS), lambda b, h, q, k: Q_IDS[b, q] == KV_IDS[b, k], t=17, s=40),
     "tree": Case(Tree(END), lambda b, h, q, k: k <= q < END[b, k], h=3, k=1, dv=16),
     "block_diffusion": Case(BlockDiffusion(13), block_diffusion(13), h=2),
     "before_the_keys": Case(
@@ -88,7 +82,5 @@ CASES = {
     "dense_bias": Case(
         Dense(ARRAY), lambda b, h, q, k: ARRAY[b, h, q, k], pallas=False, bias=(2, 4, 130, 130), soft_cap=3.0
     ),
-    "alibi": Case(
-        Causal(), lambda b, h, q, k: k <= q, pallas=False, bias=(1, 4, 1, 150), t=70, s=150, q_offset=80
-    ),
+    "alibi": Case(Causal(), lambda b, h, q, k: k <= q, pallas=False, bias=(1, 4, 1, 150), t=70, s=150, q_offset=80),
 }

@@ -112,9 +112,7 @@ def test_oracle_gradients_by_finite_differences():
     allowed = oracle.dense(case.predicate, 2, 4, 17, 40)
 
     def total(arrays):
-        o, lse, grads = oracle.attention(
-            **arrays, allowed=allowed, do=do, dlse=dlse, scale=0.5, soft_cap=case.soft_cap
-        )
+        o, lse, grads = oracle.attention(**arrays, allowed=allowed, do=do, dlse=dlse, scale=0.5, soft_cap=case.soft_cap)
         return np.sum(o * do) + np.sum(lse * dlse), grads
 
     grads = total(arrays)[1]

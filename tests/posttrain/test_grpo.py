@@ -1,0 +1,203 @@
+"""GRPO's iteration: against a plain policy gradient, with and without Python in between, on one device and on eight."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrl import loop, parallel
+from jaxrl.losses.group import PRESETS
+from jaxrl.posttrain import grpo, update
+from jaxrl.posttrain.rollout import Sampling
+from jaxrl.types import Finish
+
+EOS, PAD = 1, 0
+SAMPLING = Sampling(max_tokens=6, temperature=1.5)
+SMALL = grpo.GRPOConfig(prompts=4, group=4, sampling=SAMPLING)
+
+
+def share_of_even_tokens(rollout, answers):
+    even = (rollout.completions % 2 == 0) * rollout.mask
+    return even.sum(axis=1) / rollout.lengths + answers
+
+
+@pytest.fixture(scope="module")
+def problems(prompts):
+    return grpo.Problems(prompts, jnp.asarray([0.0, 0.5, -0.5, 2.0]))
+
+
+def build(model, config, **options):
+    optimizer = optax.sgd(0.5)
+    recipe = grpo.make(config, model, optimizer, eos_id=EOS, pad_id=PAD, max_grad_norm=0.0, **options)
+    return recipe, grpo.fused(recipe, share_of_even_tokens, config)
+
+
+def change(before, after):
+    return jax.tree.map(lambda a, b: np.asarray(a - b) / 0.5, before.params, after.params)
+
+
+def close(a, b, atol):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)
+
+
+def test_update_is_the_policy_gradient(model, params, problems):
+    """On policy: the gradient of -mean over sequences of mean over tokens of A log pi, written out in plain numpy."""
+    recipe, step = build(model, grpo.GRPOConfig(prompts=4, group=4, kl_coef=0.0, sampling=SAMPLING))
+    state = recipe.init(jax.random.key(0), params)
+    rollout, rows = jax.jit(recipe.sample)(state, problems.prompts)
+    rewards = share_of_even_tokens(rollout, jnp.repeat(problems.answers[rows], 4))
+    groups = np.asarray(rewards, np.float64).reshape(4, 4)
+    advantages = (groups - groups.mean(1, keepdims=True)) / (groups.std(1, ddof=1, keepdims=True) + 1e-6)
+
+    prompt_lengths, lengths = np.asarray(rollout.prompt_lengths), np.asarray(rollout.lengths)
+    starts = rollout.prompt_width - prompt_lengths
+    rows_of_text = [np.asarray(row)[start:] for row, start in zip(rollout.tokens, starts, strict=True)]
+    texts = jnp.asarray([np.pad(row, (0, 10 - len(row))) for row in rows_of_text])
+
+    def objective(params):
+        logits = model.apply(params, texts)[0] @ model.unembedding(params) / SAMPLING.temperature
+        log_probs = jax.nn.log_softmax(logits)
+        total = 0.0
+        for row, advantage in enumerate(advantages.reshape(-1)):
+            columns = prompt_lengths[row] - 1 + np.arange(lengths[row])
+            total += advantage * log_probs[row, columns, texts[row, columns + 1]].mean()
+        return -total / 16
+
+    expected = jax.jit(jax.grad(objective))(params)
+    after, metrics = jax.jit(step)(state, problems)
+    close(change(state, after), expected, atol=2e-5)
+    assert metrics["policy/ratio_mean"] == 1.0
+    np.testing.assert_allclose(metrics["reward/mean"], rewards.mean(), rtol=1e-6)
+    np.testing.assert_allclose(metrics["completion/length"], rollout.lengths.mean(), rtol=1e-6)
+    np.testing.assert_allclose(metrics["completion/truncated"], (rollout.finish == Finish.LENGTH).mean(), rtol=1e-6)
+    assert metrics["sampler/log_prob_gap"] < 1e-5
+
+
+def test_python_reward_gives_the_same_run(model, params, problems):
+    """The host loop and the one-program iteration end with the same parameters after three steps."""
+    recipe, step = build(model, SMALL)
+
+    def on_host(rollout, rows):
+        return np.asarray(share_of_even_tokens(rollout, np.repeat(np.asarray(problems.answers)[rows], 4)))
+
+    outcomes = []
+    for one, jit in ((step, True), (grpo.hosted(recipe, on_host), False)):
+        state = recipe.init(jax.random.key(1), jax.tree.map(jnp.copy, params))
+        *_, last = loop.run(one, state, problems, steps=3, chunk=3, jit=jit)
+        outcomes.append(last)
+    close(outcomes[0].state.params, outcomes[1].state.params, atol=1e-6)
+    for fused, hosted in zip(outcomes[0].metrics, outcomes[1].metrics, strict=True):
+        assert fused.keys() == hosted.keys()
+        np.testing.assert_allclose(list(fused.values()), list(hosted.values()), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "options"),
+    [("data=8", {}), ("data=2,fsdp=4", {"kl_coef": 0.0, "epochs": 2, "minibatches": 2, "micro_batches": 2})],
+    ids=["data", "fsdp"],
+)
+def test_eight_devices_do_what_one_does(mesh, options, model, params, problems):
+    """The same losses and parameters after two steps; parameters really lie in pieces under fsdp."""
+    config = grpo.GRPOConfig(prompts=4, group=4, sampling=SAMPLING, **options)
+    alone, step = build(model, config)
+    *_, one = loop.run(step, alone.init(jax.random.key(2), params), problems, steps=2, chunk=2)
+    devices = parallel.make_mesh(mesh)
+    spread, step = build(model, config, constrain=partial(parallel.shard_batch, mesh=devices))
+    state = spread.init(jax.random.key(2), params)
+    state = jax.device_put(state, parallel.state_shardings(state, devices))
+    *_, eight = loop.run(step, state, problems, steps=2, chunk=2)
+    for a, b in zip(one.metrics, eight.metrics, strict=True):
+        np.testing.assert_allclose(list(a.values()), list(b.values()), atol=2e-5)
+    close(one.state.params, jax.device_get(eight.state.params), atol=2e-5)
+    kernel = eight.state.params["layers"]["ffn"]["up"]["kernel"]
+    pieces = {shard.data.shape for shard in kernel.addressable_shards}
+    assert pieces == {(2, 16 // (4 if "fsdp" in mesh else 1), 32)} and len(kernel.sharding.device_set) == 8
+
+
+@pytest.fixture(scope="module")
+def sample(model):
+    """The sampler of eight completions a prompt, which is the same for every variant."""
+    return jax.jit(build(model, grpo.GRPOConfig(prompts=4, group=8, sampling=SAMPLING))[0].sample)
+
+
+@pytest.mark.parametrize("variant", sorted(PRESETS))
+def test_every_variant_learns(variant, sample, model, params, problems):
+    """Sixteen iterations raise the mean reward, for every row of the table."""
+    config = grpo.GRPOConfig(variant=variant, prompts=4, group=8, kl_coef=0.0, sampling=SAMPLING)
+    recipe = grpo.make(config, model, optax.adam(3e-3), eos_id=EOS, pad_id=PAD)
+    learn, state, rewards = jax.jit(recipe.learn), recipe.init(jax.random.key(3), params), []
+    for _ in range(16):
+        rollout, rows = sample(state, problems.prompts)
+        scores = share_of_even_tokens(rollout, jnp.repeat(problems.answers[rows], 8))
+        state, metrics = learn(state, rollout, scores)
+        rewards.append(float(metrics["reward/mean"]))
+    assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.1, rewards
+
+
+def test_equal_rewards_teach_nothing(model, params, problems):
+    """All rewards equal: parameters stay bitwise as they were, and every group is reported as uninformative."""
+    recipe, _ = build(model, grpo.GRPOConfig(prompts=4, group=4, kl_coef=0.0, sampling=SAMPLING))
+    step = grpo.fused(recipe, lambda rollout, answers: jnp.full(16, 0.7), SMALL)
+    state = recipe.init(jax.random.key(0), params)
+    after, metrics = jax.jit(step)(state, problems)
+    jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
+    assert metrics["reward/zero_std"] == 1.0 and metrics["train/loss"] == 0.0
+
+
+def test_missing_rewards_count_for_nothing(model, params, problems):
+    """A NaN reward leaves its completion out: the others are compared with each other."""
+    recipe, _ = build(model, grpo.GRPOConfig(prompts=4, group=4, kl_coef=0.0, sampling=SAMPLING))
+    state = recipe.init(jax.random.key(0), params)
+    rollout, _ = jax.jit(recipe.sample)(state, problems.prompts)
+    rewards = jnp.asarray(np.random.default_rng(0).random(16), jnp.float32).at[5].set(jnp.nan)
+    _, metrics = jax.jit(recipe.learn)(state, rollout, rewards)
+    np.testing.assert_allclose(metrics["reward/mean"], np.nanmean(rewards), rtol=1e-6)
+    assert np.isfinite(metrics["train/grad_norm"]) and metrics["train/skipped"] == 0
+
+
+def test_truncated_completions_can_be_left_out(model, params, problems):
+    """With `mask_truncated` what a truncated completion earned changes nothing but the group's baseline."""
+    config = grpo.GRPOConfig(prompts=4, group=4, kl_coef=0.0, mask_truncated=True, sampling=SAMPLING)
+    recipe, _ = build(model, config)
+    state = recipe.init(jax.random.key(0), params)
+    rollout, _ = jax.jit(recipe.sample)(state, problems.prompts)
+    cut = rollout.finish == Finish.LENGTH
+    assert 0 < cut.sum() < 16
+    nothing, _ = jax.jit(recipe.learn)(state, rollout.replace(finish=jnp.full(16, Finish.LENGTH)), jnp.arange(16.0))
+    jax.tree.map(np.testing.assert_array_equal, nothing.params, state.params)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variant": "gpro"}, "variant is 'gpro'; expected one of grpo"),
+        ({"group": 1}, "group is 1; grpo compares completions of one prompt and needs at least 2"),
+        ({"sampling": Sampling(temperature=0.0)}, "temperature is 0; greedy completions"),
+        ({"prompts": 3, "group": 3, "minibatches": 2}, "minibatches is 2; it must divide the 9 completions"),
+        ({"prompts": 2, "group": 2, "micro_batches": 3}, "micro_batches is 3; it must divide"),
+    ],
+)
+def test_bad_configs_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        grpo.GRPOConfig(**options)
+
+
+def test_own_values_override_the_variant():
+    row = grpo.GRPOConfig(variant="dapo", clip_high=0.5, kl_coef=0.1, kl="k2").row
+    assert (row.clip_low, row.clip_high, row.kl_coef, row.kl, row.reduction) == (0.2, 0.5, 0.1, "k2", "tokens")
+
+
+def test_kl_holds_the_policy(model, params, problems):
+    """A large KL weight keeps the policy near the reference while the same run without it moves away."""
+    distance = {}
+    for weight in (0.001, 3.0):
+        config = grpo.GRPOConfig(prompts=4, group=8, kl_coef=weight, kl="k2", sampling=SAMPLING)
+        recipe = grpo.make(config, model, update.make_optimizer(update.OptimizerConfig(learning_rate=3e-3)),
+                           eos_id=EOS, pad_id=PAD)  # fmt: skip
+        step = grpo.fused(recipe, share_of_even_tokens, config)
+        (result,) = loop.run(step, recipe.init(jax.random.key(3), params), problems, steps=16, chunk=16)
+        distance[weight] = result.metrics[-1]["policy/kl"]
+    assert distance[3.0] < 0.3 * distance[0.001]

@@ -1,0 +1,63 @@
+"""Mesh strings and sharding rules."""
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxrl import parallel
+from jaxrl.nets.language_model import language_model
+from jaxrl.nets.transformer import TransformerConfig
+
+
+@pytest.mark.parametrize(
+    ("spec", "sizes"),
+    [
+        ("", (8, 1, 1, 1, 1)),
+        ("data=2,fsdp=4", (2, 4, 1, 1, 1)),
+        (" fsdp=2, tensor=-1", (1, 2, 1, 1, 4)),
+        ("expert=2,context=2,tensor=2", (1, 1, 2, 2, 2)),
+    ],
+)
+def test_mesh_from_a_string(spec, sizes):
+    mesh = parallel.make_mesh(spec)
+    assert tuple(mesh.shape.values()) == sizes and mesh.axis_names == parallel.AXES
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("data=3", "has 3 places for 8 devices; the sizes must multiply to the number of devices"),
+        ("dta=8", "unknown axis 'dta', .*did you mean 'data'"),
+        ("data=x", "the size of 'data' is 'x'; expected a positive number"),
+        ("data=0", "expected a positive number"),
+        ("data=-1,fsdp=-1", "only one axis may be -1"),
+        ("data=3,fsdp=-1", "has 6 places for 8 devices"),
+    ],
+)
+def test_bad_mesh_strings_are_refused(spec, message):
+    with pytest.raises(ValueError, match=message):
+        parallel.make_mesh(spec)
+
+
+def test_every_parameter_of_every_transformer_has_a_rule():
+    """Tied or not, with biases and QK-norm: each leaf has a place, and matrices are really divided."""
+    mesh = parallel.make_mesh("fsdp=2,tensor=4")
+    for options in ({"tie_embeddings": True}, {"qkv_bias": True, "qk_norm": True}):
+        config = TransformerConfig(vocab_size=16, width=32, layers=2, heads=8, kv_heads=4, ffn=64, **options)
+        shapes = jax.eval_shape(language_model(config).init, jax.random.key(0))
+        for path, sharding in jax.tree_util.tree_leaves_with_path(parallel.state_shardings(shapes, mesh)):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            if name.endswith(("kernel", "embedding")):
+                assert sharding.spec in {P("tensor", "fsdp"), P("fsdp", "tensor"),
+                                         P(None, "fsdp", "tensor"), P(None, "tensor", "fsdp")}, name  # fmt: skip
+
+
+def test_what_does_not_fit_is_refused():
+    mesh = parallel.make_mesh("fsdp=8")
+    with pytest.raises(
+        ValueError, match="its embed dimension 12 does not divide over the 8 devices of mesh axis 'fsdp'"
+    ):
+        parallel.partition("params/unembed/kernel", (12, 5), mesh)
+    with pytest.raises(ValueError, match="no sharding rule fits; add one to parallel.sharding.RULES"):
+        parallel.partition("params/critic/kernel", (8, 8), mesh)
+    assert parallel.partition("opt_state/0/count", (), mesh) == P()
