@@ -49,7 +49,7 @@ def reinforce(folder: Path, *, seed: int) -> recipes.GRPORun:
         init=str(folder / "warm_up"),
         out=str(folder),
         seed=seed,
-        steps=60,
+        steps=100,
         chunk=5,
         eval_every=5,
         save_every=10,
@@ -101,6 +101,6 @@ def next_steps(folder: Path, *, kind: str = "grpo") -> str:
         f"talk to it        jaxrl chat {folder}\n"
         f"evaluate it       jaxrl eval {folder}\n"
         f"sample from it    jaxrl generate {folder} --prompt 47+85=\n"
-        f"train on          jaxrl train {kind} --resume {folder} --steps 120\n"
+        f"train on          jaxrl train {kind} --resume {folder} --steps 150\n"
         f"on your own data  jaxrl train grpo --init {folder} --data problems.jsonl"
     )

@@ -309,7 +309,7 @@ def _drive(
             folder, setup.transformer, setup.task.tokenizer, marker=setup.task.marker, max_tokens=max_tokens
         )
     state, done = _initial_state(folder, init, key, setup)
-    log = metrics.MetricsLog(folder / runs.METRICS, after_step=done)
+    log = metrics.MetricsLog(folder / runs.METRICS, after_step=done or -1)  # step 0 is evaluated anew
     spent = max((row.get("time/elapsed", 0.0) for row in metrics.read(log.path)), default=0.0)
     begun = time.perf_counter()
     elapsed = lambda: spent + time.perf_counter() - begun
@@ -328,7 +328,8 @@ def _drive(
                 view.note(f"  step {step}: {metrics_line({evaluation.name: score, **metrics_now})}")
             evaluated = (step, score)
             if samples:
-                rows = zip(setup.task.held_out[:6], texts, scores, strict=False)
+                rows = list(zip(setup.task.held_out, texts, scores, strict=True))
+                rows = rows[:: max(len(rows) // 6, 1)][:6]
                 view.table(
                     f"held-out problems at step {step}, greedy",
                     ("prompt", "completion", "answer", "reward"),
@@ -352,7 +353,8 @@ def _drive(
                 if _crossed(first, done, run.eval_every):
                     evaluate(done, last)
                 stopping = 0 < stop_at <= evaluated[1] and evaluated[0] == done
-                if _crossed(first, done, run.save_every) or done == run.steps or stopping:
+                due = _crossed(first, done, run.save_every) or done == run.steps or stopping
+                if due and not int(state.skipped_in_a_row):  # never push a good checkpoint out with a doubtful one
                     checkpoint.save(folder / runs.CHECKPOINTS, done, state, keep=run.keep)
                 if stopping:
                     break
