@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional
 
@@ -102,7 +102,7 @@ def train_grpo(argv: Sequence[str]) -> None:
     _train("grpo", recipes.GRPORun, recipes.train_grpo, argv)
 
 
-def _train(kind: str, options: type, train: Callable, argv: Sequence[str]) -> None:
+def _train(kind: str, options: Any, train: Callable, argv: Sequence[str]) -> None:
     """Parses, trains and says what comes next. `--resume FOLDER` takes its config from the folder; flags override."""
     from jaxrl import demo, runs
 

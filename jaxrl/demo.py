@@ -69,15 +69,13 @@ def main(options: Demo) -> dict:
     with Display() as view:
         view.note("jaxrl demo: two-digit addition, worked out step by step, e.g. 47+85= is answered 120+12=132")
         view.note("1. imitate workings that mostly get the carry wrong   2. GRPO: reward only right answers\n")
-        stages = (
-            (recipes.train_sft, warm_up(folder, seed=options.seed)),
-            (recipes.train_grpo, reinforce(folder, seed=options.seed)),
-        )
+        stages = ((recipes.train_sft, warm_up), (recipes.train_grpo, reinforce))
         summaries = []
-        for train, run in stages:
+        for train, configure in stages:
+            run = configure(folder, seed=options.seed)
             out = Path(run.out)
             if not (out / runs.SUMMARY).exists():
-                train(run, resume=(out / runs.CONFIG).exists(), display=view)
+                train(run, resume=(out / runs.CONFIG).exists(), display=view)  # pyright: ignore[reportArgumentType]
             summaries.append(json.loads((out / runs.SUMMARY).read_text()))
         warmed, summary = summaries
         if "warm_up" not in summary:

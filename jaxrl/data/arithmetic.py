@@ -3,8 +3,8 @@
 The prompt `47+85=` is to be continued by `120+12=132`: the tens, the units, and what they add up to. What stands after
 the last `=` is the answer, and a reward can check it without knowing how it was reached.
 
-`sloppy_problems` are worked examples by somebody who mostly gets the carry wrong (`120+12=122`, `30+9=49`): a model that
-imitates them learns how to go about it, and the mistake. Only checking answers gets it out again.
+`sloppy_problems` are worked examples by somebody who mostly gets the carry wrong (`120+12=122`, `30+9=49`): a model
+that imitates them learns how to go about it, and the mistake. Only checking answers gets it out again.
 """
 
 import hashlib

@@ -25,7 +25,7 @@ def make_mesh(spec: str = "", *, devices=None) -> Mesh:
       ValueError: on an unknown axis, a size that is no number, or a product that is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     for part in filter(None, spec.replace(" ", "").split(",")) if spec else [f"data={len(devices)}"]:
         name, _, size = part.partition("=")
         if name not in sizes:

@@ -63,8 +63,8 @@ class GRPOConfig:
             )
         if self.sampling.temperature == 0:
             raise ValueError("sampling temperature is 0; greedy completions of a group are all equal and teach nothing")
-        rows = self.prompts * self.group
-        for name, rows in (("minibatches", rows), ("micro_batches", rows // max(self.minibatches, 1))):
+        whole = self.prompts * self.group
+        for name, rows in (("minibatches", whole), ("micro_batches", whole // max(self.minibatches, 1))):
             parts = getattr(self, name)
             if parts < 1 or rows % parts:
                 raise ValueError(f"{name} is {parts}; it must divide the {rows} completions that it splits")
@@ -201,7 +201,7 @@ def make(
                 name: values[-1] if name == "train/skipped" else values.mean() for name, values in stacked.items()
             }
         metrics |= summary(completions, rewards)
-        return state.replace(step=state.step + 1), metrics
+        return dataclasses.replace(state, step=state.step + 1), metrics
 
     return GRPO(init, sample, learn)
 

@@ -89,6 +89,6 @@ def make(
         )
         state, trained = update.apply_gradients(state, gradient, value, optimizer, max_grad_norm=max_grad_norm)
         tokens = batch.loss_mask[:, 1:].sum()
-        return state.replace(step=state.step + 1), {**metrics, **trained, "throughput/tokens": tokens}
+        return dataclasses.replace(state, step=state.step + 1), {**metrics, **trained, "throughput/tokens": tokens}
 
     return SFT(init, step)

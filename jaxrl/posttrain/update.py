@@ -179,7 +179,8 @@ def apply_gradients(
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-    state = state.replace(
+    state = dataclasses.replace(
+        state,
         params=keep(params, state.params),
         opt_state=keep(opt_state, state.opt_state),
         skipped=state.skipped + ~finite,

@@ -4,6 +4,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
@@ -29,11 +30,11 @@ def load_reward(spec: str) -> Reward:
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
-    function = getattr(module, name, None)
+    function: Any = getattr(module, name, None)
     if not callable(function):
         found = sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
         raise ValueError(f"reward {spec!r}: no function {name!r} in {path}; found {', '.join(found) or 'none'}")
-    return function
+    return cast(Reward, function)
 
 
 def score(
