@@ -56,7 +56,7 @@ def reinforce(folder: Path, *, seed: int) -> recipes.GRPORun:
         grpo=grpo.GRPOConfig(
             prompts=64, group=8, kl_coef=0.001, sampling=Sampling(max_tokens=arithmetic.MAX_COMPLETION)
         ),
-        optimizer=update.OptimizerConfig(learning_rate=3e-4, warmup_steps=10),
+        optimizer=update.OptimizerConfig(learning_rate=2e-4, warmup_steps=10),
     )
 
 

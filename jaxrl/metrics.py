@@ -13,7 +13,6 @@ GLOSSARY = {
     "policy/entropy": "mean entropy of the next-token distribution, nats",
     "policy/kl": "mean of the named estimator of KL(policy || reference) per token, nats",
     "policy/ratio_mean": "mean of new / old probability; exactly 1 on policy",
-    "policy/ratio_max": "largest ratio of the step, before clipping",
     "policy/clip_low": "fraction of tokens whose ratio was clipped below (negative advantage)",
     "policy/clip_high": "fraction of tokens whose ratio was clipped above (positive advantage)",
     "completion/length": "mean completion length in tokens, the EOS included",
@@ -24,8 +23,10 @@ GLOSSARY = {
     "train/skipped": "updates skipped so far because something was not finite",
     "train/target_probability": "mean probability of the token to be learnt",
     "eval/accuracy": "fraction of held-out problems answered exactly, greedy decoding",
+    "eval/reward": "mean Python reward on the held-out problems, greedy decoding",
     "throughput/tokens": "tokens trained on in the step",
     "throughput/tokens_per_second": "the same over the time of the chunk, compilation apart",
+    "time/elapsed": "seconds since the run began, earlier parts of a resumed run included",
 }
 """What each metric says; printed by `jaxrl env --metrics`."""
 

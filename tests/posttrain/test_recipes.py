@@ -71,7 +71,7 @@ def test_run_folder_holds_what_it_promises(trained, warm):
     rows = list(metrics.read(trained.folder / "metrics.jsonl"))
     assert [row["step"] for row in rows if "reward/mean" in row] == [1, 2, 3, 4]
     assert [row["step"] for row in rows if "eval/accuracy" in row] == [0, 2, 4]
-    named = set().union(*rows) - {"step", "time/elapsed"}
+    named = set().union(*rows) - {"step"}
     assert named <= metrics.GLOSSARY.keys(), named - metrics.GLOSSARY.keys()
     assert checkpoint.steps(trained.folder / "checkpoints") == [2, 4]
 
