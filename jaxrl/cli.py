@@ -104,7 +104,7 @@ def train_grpo(argv: Sequence[str]) -> None:
 
 def _train(kind: str, options: Any, train: Callable, argv: Sequence[str]) -> None:
     """Parses, trains and says what comes next. `--resume FOLDER` takes its config from the folder; flags override."""
-    from jaxrl import demo, runs
+    from jaxrl import runs
 
     folder, flags = _take(list(argv), "--resume")
     default = options
@@ -116,7 +116,7 @@ def _train(kind: str, options: Any, train: Callable, argv: Sequence[str]) -> Non
     usage = f"{options.__doc__}\n\n--resume FOLDER continues a run from its newest intact checkpoint."
     run = config.parse(default, flags, prog=f"jaxrl train {kind}", description=usage)
     outcome = train(run, resume=folder is not None)
-    print(demo.next_steps(outcome.folder, kind=kind))
+    print("\n" + runs.next_steps(outcome.folder))
 
 
 def evaluate(argv: Sequence[str]) -> None:

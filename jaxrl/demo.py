@@ -86,19 +86,5 @@ def main(options: Demo) -> dict:
             f"\nheld-out accuracy {summary['accuracy_before']:.1%} -> [bold]{summary['accuracy_after']:.1%}[/bold] "
             f"in {summary['seconds']:.0f} s (this call: {time.perf_counter() - begun:.0f} s)"
         )
-        view.note(next_steps(folder))
+        view.note("\n" + runs.next_steps(folder))
     return summary
-
-
-def next_steps(folder: Path, *, kind: str = "grpo") -> str:
-    """What to do with a finished run."""
-    plot = folder / "curves.png"
-    drawn = f"{plot}" if plot.exists() else "none: pip install 'jaxrl[plot]' draws them"
-    return (
-        f"\nlearning curves   {drawn}\n"
-        f"talk to it        jaxrl chat {folder}\n"
-        f"evaluate it       jaxrl eval {folder}\n"
-        f"sample from it    jaxrl generate {folder} --prompt 47+85=\n"
-        f"train on          jaxrl train {kind} --resume {folder} --steps 150\n"
-        f"on your own data  jaxrl train grpo --init {folder} --data problems.jsonl"
-    )

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from importlib import metadata
@@ -29,7 +30,7 @@ class Model(NamedTuple):
     """A trained model, opened from its run folder.
 
     `marker` is the text after which an answer stands (empty: the whole completion), `max_tokens` the completion width
-    it was trained for.
+    it was trained for, `example` a prompt of its task (empty: none known).
     """
 
     language_model: LanguageModel
@@ -38,6 +39,7 @@ class Model(NamedTuple):
     transformer: TransformerConfig
     marker: str
     max_tokens: int
+    example: str
 
 
 def create(folder: str | Path, kind: str, options: Any) -> Path:
@@ -70,7 +72,7 @@ def read_config(folder: str | Path) -> tuple[str, dict[str, Any]]:
 
 
 def write_model(
-    folder: Path, transformer: TransformerConfig, tokenizer: Tokenizer, *, marker: str, max_tokens: int
+    folder: Path, transformer: TransformerConfig, tokenizer: Tokenizer, *, marker: str, max_tokens: int, example: str
 ) -> None:
     """Writes `model.json`: what it takes to rebuild the network and to talk to it."""
     write_json(
@@ -80,6 +82,7 @@ def write_model(
             "tokenizer": tokenizer.to_json(),
             "marker": marker,
             "max_tokens": max_tokens,
+            "example": example,
         },
     )
 
@@ -104,7 +107,25 @@ def load_model(folder: str | Path) -> Model:
         transformer,
         saved["marker"],
         saved["max_tokens"],
+        saved["example"],
     )
+
+
+def next_steps(folder: str | Path) -> str:
+    """What to do with a finished run, one command a line."""
+    path = Path(folder)
+    kind, values = read_config(path)
+    example = json.loads((path / MODEL).read_text())["example"]
+    plot = path / "curves.png"
+    lines = {
+        "learning curves": str(plot) if plot.exists() else "none: pip install 'jaxrl[plot]' draws them",
+        "talk to it": f"jaxrl chat {path}",
+        "evaluate it": f"jaxrl eval {path}",
+        "sample from it": f"jaxrl generate {path} --prompt {shlex.quote(example)}",
+        "train on": f"jaxrl train {kind} --resume {path} --steps {2 * values['steps']}",
+        "on your own data": f"jaxrl train grpo --init {path} --data problems.jsonl",
+    }
+    return "\n".join(f"{what:<18}{command}" for what, command in lines.items())
 
 
 def environment() -> dict[str, Any]:

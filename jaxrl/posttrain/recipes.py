@@ -104,6 +104,9 @@ class GRPORun(RunOptions):
 
     reward: str = ""
     """Python reward, path/to/file.py:function; empty compares answers exactly."""
+    optimizer: update.OptimizerConfig = dataclasses.field(
+        default_factory=lambda: update.OptimizerConfig(learning_rate=5e-5, warmup_steps=10)
+    )
     grpo: GRPOConfig = dataclasses.field(default_factory=GRPOConfig)
 
 
@@ -306,7 +309,12 @@ def _drive(
     else:
         runs.create(folder, kind, run)
         runs.write_model(
-            folder, setup.transformer, setup.task.tokenizer, marker=setup.task.marker, max_tokens=max_tokens
+            folder,
+            setup.transformer,
+            setup.task.tokenizer,
+            marker=setup.task.marker,
+            max_tokens=max_tokens,
+            example=str(setup.task.held_out[0].get("prompt", "")),
         )
     state, done = _initial_state(folder, init, key, setup)
     log = metrics.MetricsLog(folder / runs.METRICS, after_step=done or -1)  # step 0 is evaluated anew

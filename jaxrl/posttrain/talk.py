@@ -63,8 +63,8 @@ def open_run(folder: str, *, sampling: Sampling, samples: int = 1) -> Speaker:
 
 def chat(speaker: Speaker) -> None:
     """Reads prompts from standard input until it ends; a line the model cannot read is answered by the reason."""
-    marker = speaker.model.marker
-    print(f"Type a prompt{f', such as 47+85{marker}' if marker == '=' else ''}; Ctrl-D ends.")
+    marker, example = speaker.model.marker, speaker.model.example
+    print(f"Type a prompt{f', such as {example}' if example else ''}; Ctrl-D ends.")
     while True:
         try:
             line = input("> ").strip()
