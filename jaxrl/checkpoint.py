@@ -31,7 +31,7 @@ def steps(directory: str | os.PathLike) -> list[int]:
 
 
 def save(directory: str | os.PathLike, step: int, state: Any, *, keep: int = 3) -> Path:
-    """Writes a checkpoint and removes all but the newest `keep`.
+    """Writes a checkpoint and removes all but the newest `keep`, and those of later steps.
 
     Args:
       directory: folder of the run's checkpoints; created.
@@ -56,7 +56,8 @@ def save(directory: str | os.PathLike, step: int, state: Any, *, keep: int = 3) 
     if final.exists():
         shutil.rmtree(final)
     temporary.rename(final)
-    for old in steps(folder)[:-keep]:
+    newer = [found for found in steps(folder) if found > step]  # the run went back to before these
+    for old in newer + [found for found in steps(folder) if found <= step][:-keep]:
         shutil.rmtree(folder / str(old))
     return final
 
@@ -91,15 +92,19 @@ def restore(directory: str | os.PathLike, like: Any = None, *, step: int | None 
             warnings.warn(f"{error}; trying the checkpoint before it", stacklevel=2)
             continue
         return _read(folder / "state", like), candidate
-    raise FileNotFoundError(f"no intact checkpoint in {directory}; start the run anew, without --resume")
+    raise FileNotFoundError(f"no intact checkpoint in {directory}; start the run anew in another folder")
 
 
 def _read(folder: Path, like: Any) -> Any:
+    """Leaves without a sharding go to the first device, wherever they were saved from."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        if like is None:
-            return checkpointer.restore(folder)
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _raw_keys(like))
         saved = checkpointer.metadata(folder).item_metadata.tree
+        if like is None:
+            bare = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+            return checkpointer.restore(folder, args=ocp.args.StandardRestore(jax.tree.map(bare, saved)))
+        target = jax.tree.map(place, _raw_keys(like))
         _compare(target, saved, folder)
         raw = checkpointer.restore(folder, args=ocp.args.StandardRestore(target))
     return jax.tree.map(_as_key, like, raw)

@@ -6,6 +6,8 @@ import shutil
 import time
 from pathlib import Path
 
+from rich.text import Text
+
 from jaxrl import runs
 from jaxrl.data import arithmetic
 from jaxrl.display import Display
@@ -63,8 +65,11 @@ def reinforce(folder: Path, *, seed: int) -> recipes.GRPORun:
 def main(options: Demo) -> dict:
     """Runs what is not done yet, prints what to do next, and returns the summary."""
     folder = Path(options.out)
-    if options.fresh and (folder / runs.CONFIG).exists():
+    started = folder / "warm_up" / runs.CONFIG
+    if options.fresh and started.exists():
         shutil.rmtree(folder)
+    if started.exists() and runs.read_config(started.parent)[1]["seed"] != options.seed:
+        raise ValueError(f"{folder} holds a demo with another seed; choose another --out, or delete it by --fresh")
     begun = time.perf_counter()
     with Display() as view:
         view.note("jaxrl demo: two-digit addition, worked out step by step, e.g. 47+85= is answered 120+12=132")
@@ -86,5 +91,5 @@ def main(options: Demo) -> dict:
             f"\nheld-out accuracy {summary['accuracy_before']:.1%} -> [bold]{summary['accuracy_after']:.1%}[/bold] "
             f"in {summary['seconds']:.0f} s (this call: {time.perf_counter() - begun:.0f} s)"
         )
-        view.note("\n" + runs.next_steps(folder))
+        view.note(Text("\n" + runs.next_steps(folder)))
     return summary

@@ -42,20 +42,18 @@ class Model(NamedTuple):
     example: str
 
 
-def create(folder: str | Path, kind: str, options: Any) -> Path:
-    """Makes a run folder and writes its `config.json`.
-
-    Raises:
-      ValueError: when the folder holds a run already; nothing in it is touched.
-    """
+def check_new(folder: str | Path) -> None:
+    """Raises ValueError when the folder holds a run already."""
     path = Path(folder)
     if (path / CONFIG).exists():
         raise ValueError(
             f"{path} holds a run already; continue it with --resume {path}, or choose another folder with --out"
         )
-    path.mkdir(parents=True, exist_ok=True)
-    write_json(path / CONFIG, {"kind": kind, "config": config.to_json(options), **environment()})
-    return path
+
+
+def write_config(folder: Path, kind: str, options: Any) -> None:
+    """Writes `config.json`, which is what makes a folder a run."""
+    write_json(folder / CONFIG, {"kind": kind, "config": config.to_json(options), **environment()})
 
 
 def read_config(folder: str | Path) -> tuple[str, dict[str, Any]]:
@@ -121,7 +119,7 @@ def next_steps(folder: str | Path) -> str:
         "learning curves": str(plot) if plot.exists() else "none: pip install 'jaxrl[plot]' draws them",
         "talk to it": f"jaxrl chat {path}",
         "evaluate it": f"jaxrl eval {path}",
-        "sample from it": f"jaxrl generate {path} --prompt {shlex.quote(example)}",
+        **({"sample from it": f"jaxrl generate {path} --prompt {shlex.quote(example)}"} if example else {}),
         "train on": f"jaxrl train {kind} --resume {path} --steps {2 * values['steps']}",
         "on your own data": f"jaxrl train grpo --init {path} --data problems.jsonl",
     }

@@ -1,5 +1,9 @@
 """Checkpoints: what comes back, what is kept, and what happens to torn and damaged ones."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,8 +118,35 @@ def test_restores_onto_another_number_of_devices(saved_on, restored_on, state, t
     assert restored.params["unembed"]["kernel"].sharding == target.params["unembed"]["kernel"].sharding
 
 
+def test_a_process_with_one_device_opens_what_eight_devices_saved(state, tmp_path):
+    """With and without a template; in a process of its own, where the saving mesh does not exist."""
+    places = parallel.state_shardings(state, parallel.make_mesh("fsdp=8"))
+    checkpoint.save(tmp_path, 1, jax.tree.map(jax.device_put, state, places))
+    script = (
+        "import jax, sys; from jaxrl import checkpoint; assert jax.device_count() == 1\n"
+        "bare, _ = checkpoint.restore(sys.argv[1])\n"
+        "like = jax.eval_shape(lambda: bare)\n"
+        "again, _ = checkpoint.restore(sys.argv[1], like)\n"
+        "print(bare['params']['norm']['scale'].sum(), again['params']['norm']['scale'].sum())\n"
+    )
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    out = subprocess.run(
+        [sys.executable, "-c", script, tmp_path], env=environment, capture_output=True, text=True, check=True
+    )
+    assert out.stdout.split() == ["28.0", "28.0"]
+
+
+def test_going_back_removes_what_came_after(state, tmp_path):
+    """A save after falling back from a damaged checkpoint removes that one, not the new one."""
+    for step in (25, 50):
+        checkpoint.save(tmp_path, step, state, keep=2)
+    damage(tmp_path / "50")
+    checkpoint.save(tmp_path, 30, state, keep=1)
+    assert checkpoint.steps(tmp_path) == [30]
+
+
 def test_errors(state, tmp_path):
-    with pytest.raises(FileNotFoundError, match="start the run anew"):
+    with pytest.raises(FileNotFoundError, match="start the run anew in another folder"):
         checkpoint.restore(tmp_path, state)
     with pytest.raises(FileNotFoundError, match="no checkpoint 9"):
         checkpoint.restore(tmp_path, state, step=9)

@@ -38,7 +38,6 @@ def test_every_step_is_done_and_reported_once(jit):
         for row in p.metrics:
             expected = np.float32(expected * np.float32(1.1) + np.asarray(DATA)[int(row["step"]) % 3])
             np.testing.assert_allclose(row["value"], expected, rtol=1e-6)
-    assert (progress[0].compile_seconds > 10 * progress[1].compile_seconds) == jit
 
 
 @pytest.mark.parametrize("stopped_at", [3, 6])

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl.losses import group as family
-from jaxrl.losses import reduce
+from jaxrl.losses import kl, reduce
 from jaxrl.nets.language_model import LanguageModel
 from jaxrl.posttrain import update
 from jaxrl.posttrain.rollout import Sampling, completion_log_probs, rollout
@@ -63,6 +63,13 @@ class GRPOConfig:
             )
         if self.sampling.temperature == 0:
             raise ValueError("sampling temperature is 0; greedy completions of a group are all equal and teach nothing")
+        for name in ("prompts", "group", "epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        named = {"kl": kl.ESTIMATORS, "scale": ("std", "none", "batch"), "reduction": reduce.REDUCTIONS}
+        for name, known in named.items():
+            if getattr(self, name) is not None and getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
         whole = self.prompts * self.group
         for name, rows in (("minibatches", whole), ("micro_batches", whole // max(self.minibatches, 1))):
             parts = getattr(self, name)

@@ -65,8 +65,8 @@ class RunOptions:
     """byte, char:ALPHABET or a tokenizer.json; empty takes that of `init` or of the built-in data, else byte."""
     marker: str = ""
     """Text after whose last occurrence in a completion the answer stands; empty is the data's own or none."""
-    held_out: int = 512
-    """Problems kept out of training for evaluation."""
+    held_out: int = 0
+    """Problems kept out of training for evaluation; 0 takes a fifth of the data, at most 512."""
     seed: int = 0
     """Everything random follows from it."""
     steps: int = 200
@@ -153,7 +153,7 @@ def train_sft(run: SFTRun, *, resume: bool = False, display: Display | None = No
       ValueError: on data, sizes or a folder that cannot serve, before anything is compiled or overwritten.
     """
     run = dataclasses.replace(run, out=run.out or "runs/sft")
-    setup = _setup(run, columns=(), max_tokens=run.max_tokens)
+    setup = _setup(run, columns=(), max_tokens=run.max_tokens, supervised=True)
     examples = task.examples_of(setup.task.training, setup.task.tokenizer)
     optimizer = update.make_optimizer(run.optimizer)
     recipe = sft.make(
@@ -176,7 +176,7 @@ def train_grpo(run: GRPORun, *, resume: bool = False, display: Display | None = 
     if len(training) < run.grpo.prompts:
         raise ValueError(
             f"a step takes {run.grpo.prompts} prompts and {run.data} leaves {len(training)} for training "
-            f"({run.held_out} are held out); lower --grpo.prompts or --held-out"
+            f"({len(setup.task.held_out)} are held out); lower --grpo.prompts or --held-out"
         )
     optimizer = update.make_optimizer(run.optimizer)
     recipe = grpo.make(
@@ -209,22 +209,22 @@ def train_grpo(run: GRPORun, *, resume: bool = False, display: Display | None = 
                   max_tokens=max_tokens, jit=answers is not None, resume=resume, display=display)  # fmt: skip
 
 
-def _setup(run: RunOptions, *, columns: tuple[str, ...], max_tokens: int) -> _Setup:
+def _setup(run: RunOptions, *, columns: tuple[str, ...], max_tokens: int, supervised: bool = False) -> _Setup:
     """Reads data and model; everything that can be wrong with them is found here."""
     start = runs.load_model(run.init) if run.init else None
     tokenizer = start.tokenizer if start and not run.tokenizer else run.tokenizer
     marker = run.marker or (start.marker if start and run.data not in task.BUILT_IN else "")
     work = task.load_task(run.data, tokenizer=tokenizer, marker=marker, held_out=run.held_out, columns=columns)
-    longest = _longest(work, max_tokens)
+    longest = _longest(work, max_tokens, supervised=supervised)
     if start is None:
         fields = {f.name: getattr(run.model, f.name) for f in dataclasses.fields(run.model)}
         transformer = TransformerConfig(vocab_size=work.tokenizer.vocab_size, max_length=longest, **fields)
     else:
         transformer = dataclasses.replace(start.transformer, max_length=max(longest, start.transformer.max_length))
-        if work.tokenizer.vocab_size > transformer.vocab_size:
+        if run.tokenizer and work.tokenizer.to_json() != start.tokenizer.to_json():
             raise ValueError(
-                f"the tokenizer has {work.tokenizer.vocab_size} ids and the model of {run.init} knows "
-                f"{transformer.vocab_size}; leave --tokenizer out to use the model's own"
+                f"--tokenizer {run.tokenizer} is not that of the model of {run.init}, whose ids mean something else; "
+                "leave it out to use the model's own"
             )
     model = language_model(transformer)
     # one program in both cases, so that a resumed run gets the very same numbers
@@ -232,13 +232,13 @@ def _setup(run: RunOptions, *, columns: tuple[str, ...], max_tokens: int) -> _Se
     return _Setup(work, model, transformer, initial, parallel.make_mesh(run.mesh) if run.mesh else None)
 
 
-def _longest(work: task.Task, max_tokens: int) -> int:
-    """Context needed: the longest prompt and the completion width, or the longest example."""
+def _longest(work: task.Task, max_tokens: int, *, supervised: bool) -> int:
+    """Context needed: the longest prompt and the completion width, or the longest example that is learnt from."""
     lengths = [0]
     for records in (work.training, work.held_out):
         if all("prompt" in record for record in records):
             lengths.append(task.prompts_of(records, work.tokenizer).tokens.shape[1] + max_tokens)
-        if any({"completion", "messages", "text"} & record.keys() for record in records):
+        if supervised:
             lengths.append(task.examples_of(records, work.tokenizer).tokens.shape[1])
     return max(lengths)
 
@@ -275,7 +275,8 @@ def _evaluation(name: str, setup: _Setup, max_tokens: int, score: Callable) -> _
     def evaluate(params):
         completions = jax.device_get(generate(params, prompts, jax.random.key(0)))
         scores = np.asarray(score(completions), np.float32)
-        return float(np.nanmean(scores)), task.text_of(completions, setup.task.tokenizer), scores
+        known = scores[~np.isnan(scores)]
+        return float(known.mean() if known.size else np.nan), task.text_of(completions, setup.task.tokenizer), scores
 
     return _Evaluation(name, evaluate)
 
@@ -304,18 +305,26 @@ def _drive(
 ) -> Outcome:
     """Runs the loop between a fresh or restored state and a finished run folder."""
     folder, key = Path(run.out), jax.random.key(run.seed)
+    shapes = jax.eval_shape(init, key, jax.eval_shape(setup.initial))
+    if setup.mesh is not None:
+        parallel.state_shardings(shapes, setup.mesh)
+    if jit:
+        jax.eval_shape(step, shapes, data)  # what does not fit together is found before anything is written
     if resume:
         runs.read_config(folder)
     else:
-        runs.create(folder, kind, run)
-        runs.write_model(
-            folder,
-            setup.transformer,
-            setup.task.tokenizer,
-            marker=setup.task.marker,
-            max_tokens=max_tokens,
-            example=str(setup.task.held_out[0].get("prompt", "")),
-        )
+        runs.check_new(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    example = setup.task.held_out[0].get("prompt", "")
+    runs.write_model(
+        folder,
+        setup.transformer,
+        setup.task.tokenizer,
+        marker=setup.task.marker,
+        max_tokens=max_tokens,
+        example=example if isinstance(example, str) else "",
+    )
+    runs.write_config(folder, kind, run)
     state, done = _initial_state(folder, init, key, setup)
     log = metrics.MetricsLog(folder / runs.METRICS, after_step=done or -1)  # step 0 is evaluated anew
     spent = max((row.get("time/elapsed", 0.0) for row in metrics.read(log.path)), default=0.0)
@@ -323,7 +332,9 @@ def _drive(
     elapsed = lambda: spent + time.perf_counter() - begun
 
     with contextlib.nullcontext(display) if display else Display() as view:
-        evaluated: tuple[int, float] = (-1, 0.0)
+        name = evaluation.name if evaluation else ""
+        scores_so_far = [(row["step"], row[name]) for row in metrics.read(log.path) if row.get(name) is not None]
+        evaluated: tuple[int, float] = scores_so_far[-1] if scores_so_far else (-1, 0.0)
 
         def evaluate(step: int, metrics_now: dict[str, float], *, samples: bool = False) -> None:
             """Scores the held-out problems, once for each step, and shows a few where asked."""
@@ -348,10 +359,11 @@ def _drive(
         if done == 0:
             evaluate(0, {}, samples=True)
         last: dict[str, float] = {}
+        reached = lambda: evaluated[0] == done and 0 < stop_at <= evaluated[1]
+        finite = jax.jit(update.is_finite)
+        steps = done if reached() else run.steps
         try:
-            for progress in loop.run(
-                step, state, data, steps=run.steps, chunk=run.chunk, jit=jit, patience=run.patience
-            ):
+            for progress in loop.run(step, state, data, steps=steps, chunk=run.chunk, jit=jit, patience=run.patience):
                 state, last, first = progress.state, progress.metrics[-1], done
                 done = progress.step
                 rate = sum(row["throughput/tokens"] for row in progress.metrics) / max(progress.seconds, 1e-9)
@@ -360,11 +372,10 @@ def _drive(
                 view.update(done, last, tokens_per_second=rate)
                 if _crossed(first, done, run.eval_every):
                     evaluate(done, last)
-                stopping = 0 < stop_at <= evaluated[1] and evaluated[0] == done
-                due = _crossed(first, done, run.save_every) or done == run.steps or stopping
-                if due and not int(state.skipped_in_a_row):  # never push a good checkpoint out with a doubtful one
+                due = _crossed(first, done, run.save_every) or done == run.steps or reached()
+                if due and finite(state.params):  # a bad state never pushes out a good one
                     checkpoint.save(folder / runs.CHECKPOINTS, done, state, keep=run.keep)
-                if stopping:
+                if reached():
                     break
         except KeyboardInterrupt:
             view.note(f"interrupted; go on with: jaxrl train {kind} --resume {folder}")
@@ -376,7 +387,7 @@ def _drive(
     summary = {"kind": kind, "steps": done, "seconds": elapsed(), "skipped": int(state.skipped)}
     if evaluation is not None:
         name = evaluation.name.removeprefix("eval/")
-        scores = [row[evaluation.name] for row in rows if row.get(evaluation.name) is not None]
+        scores = [row[evaluation.name] for row in rows if evaluation.name in row]
         summary |= {f"{name}_before": scores[0], f"{name}_after": scores[-1]}
     summary |= {"config": config.to_json(run), **runs.environment()}
     runs.write_json(folder / runs.SUMMARY, summary)

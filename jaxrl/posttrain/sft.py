@@ -40,7 +40,7 @@ def loss(model: LanguageModel, params, batch: TokenBatch):
       batch: `tokens [B, T]` right-padded and `loss_mask [B, T]`; the first column cannot be predicted.
 
     Returns:
-      `(Weighted, {"train/token_accuracy"..., "policy/entropy": Weighted})`.
+      `(Weighted, {"train/target_probability": Weighted, "policy/entropy": Weighted})`.
     """
     hidden, _ = model.apply(params, batch.tokens[:, :-1])
     targets, mask = batch.tokens[:, 1:], batch.loss_mask[:, 1:]

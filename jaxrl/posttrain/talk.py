@@ -1,6 +1,7 @@
 """Using a run's model: evaluate it, sample from it, talk to it."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -65,7 +66,7 @@ def chat(speaker: Speaker) -> None:
     """Reads prompts from standard input until it ends; a line the model cannot read is answered by the reason."""
     marker, example = speaker.model.marker, speaker.model.example
     print(f"Type a prompt{f', such as {example}' if example else ''}; Ctrl-D ends.")
-    while True:
+    for turn in itertools.count():
         try:
             line = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
@@ -75,7 +76,7 @@ def chat(speaker: Speaker) -> None:
             continue
         prompt = line if not marker or line.endswith(marker) else line + marker
         try:
-            print(prompt + speaker.complete(prompt)[0].text)
+            print(prompt + speaker.complete(prompt, seed=turn)[0].text)
         except ValueError as error:
             print(f"cannot read that: {error}")
 

@@ -37,7 +37,7 @@ def load_task(data: str, *, tokenizer: Tokenizer | str, marker: str, held_out: i
       data: a name of `BUILT_IN` or a JSONL file.
       tokenizer: a tokenizer, or what `load_tokenizer` takes; empty chooses the built-in data's own, else bytes.
       marker: text after which an answer stands; empty is that of built-in data, else none.
-      held_out: problems kept out of training.
+      held_out: problems kept out of training; 0 takes a fifth of the data, at most 512.
       columns: columns that every record must have.
 
     Raises:
@@ -46,7 +46,9 @@ def load_task(data: str, *, tokenizer: Tokenizer | str, marker: str, held_out: i
     rows, built_in = load_records(data, columns=columns), data in BUILT_IN
     if isinstance(tokenizer, str):
         tokenizer = arithmetic.tokenizer() if built_in and not tokenizer else load_tokenizer(tokenizer or "byte")
-    training, kept_back = split_by_problem(rows, held_out=held_out)
+    column = next((name for name in ("prompt", "messages", "text") if rows and name in rows[0]), "prompt")
+    held_out = held_out or min(512, max(len(rows) // 5, 1))
+    training, kept_back = split_by_problem(rows, held_out=held_out, column=column)
     return Task(training, kept_back, tokenizer, marker or (arithmetic.MARKER if built_in else ""))
 
 

@@ -91,14 +91,14 @@ class TrainState:
 def init_state(params, optimizer: optax.GradientTransformation, key: jax.Array, *, reference=None) -> TrainState:
     """The state before the first step. `key` is kept for the whole run.
 
-    Parameters are copied: a loop donates its state, and the caller's own stay alive.
+    Parameters and key are copied: a loop donates its state, and the caller's own stay alive.
     """
     zero = lambda: jnp.zeros((), jnp.int32)
     return TrainState(
         step=zero(),
         params=jax.tree.map(jnp.copy, params),
         opt_state=optimizer.init(params),
-        key=key,
+        key=jnp.copy(key),
         reference=reference,
         skipped=zero(),
         skipped_in_a_row=zero(),
@@ -188,6 +188,11 @@ def apply_gradients(
     )
     metrics = {"train/loss": loss, "train/grad_norm": norm, "train/skipped": state.skipped}
     return state, metrics
+
+
+def is_finite(params) -> jax.Array:
+    """Whether every number of a tree is finite (and small enough to be squared)."""
+    return jnp.isfinite(optax.tree.norm(params))
 
 
 def epoch_batch(key: jax.Array, step: jax.Array, *, batch: int, examples: int) -> jax.Array:

@@ -159,15 +159,21 @@ def test_missing_rewards_count_for_nothing(model, params, problems):
 
 
 def test_truncated_completions_can_be_left_out(model, params, problems):
-    """With `mask_truncated` what a truncated completion earned changes nothing but the group's baseline."""
-    config = grpo.GRPOConfig(prompts=4, group=4, kl_coef=0.0, mask_truncated=True, sampling=SAMPLING)
-    recipe, _ = build(model, config)
+    """With `mask_truncated` the update is that of the completions that ended, by the mask of the others being 0."""
+    options = {"prompts": 4, "group": 4, "kl_coef": 0.0, "sampling": SAMPLING}
+    recipe, _ = build(model, grpo.GRPOConfig(mask_truncated=True, **options))
+    plain, _ = build(model, grpo.GRPOConfig(**options))
     state = recipe.init(jax.random.key(0), params)
     rollout, _ = jax.jit(recipe.sample)(state, problems.prompts)
     cut = rollout.finish == Finish.LENGTH
     assert 0 < cut.sum() < 16
-    nothing, _ = jax.jit(recipe.learn)(state, rollout.replace(finish=jnp.full(16, Finish.LENGTH)), jnp.arange(16.0))
+    learn, rewards = jax.jit(recipe.learn), jnp.arange(16.0) % 5
+    filtered, _ = learn(state, rollout, rewards)
+    expected, _ = jax.jit(plain.learn)(state, rollout.replace(lengths=jnp.where(cut, 0, rollout.lengths)), rewards)
+    close(filtered.params, expected.params, atol=1e-7)
+    nothing, _ = learn(state, rollout.replace(finish=jnp.full(16, Finish.LENGTH)), rewards)
     jax.tree.map(np.testing.assert_array_equal, nothing.params, state.params)
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (filtered.params, state.params)), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -178,6 +184,10 @@ def test_truncated_completions_can_be_left_out(model, params, problems):
         ({"sampling": Sampling(temperature=0.0)}, "temperature is 0; greedy completions"),
         ({"prompts": 3, "group": 3, "minibatches": 2}, "minibatches is 2; it must divide the 9 completions"),
         ({"prompts": 2, "group": 2, "micro_batches": 3}, "micro_batches is 3; it must divide"),
+        ({"epochs": 0}, "epochs is 0; expected at least 1"),
+        ({"kl": "k4"}, "kl is 'k4'; expected one of k1, k2, k3, k3_ratio"),
+        ({"scale": "max"}, "scale is 'max'; expected one of std, none, batch"),
+        ({"reduction": "mean"}, "reduction is 'mean'; expected one of tokens"),
     ],
 )
 def test_bad_configs_are_refused(options, message):

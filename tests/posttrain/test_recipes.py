@@ -136,6 +136,35 @@ def test_held_out_problems_never_appear_in_training():
     assert [r["prompt"] for r in one.held_out] == [r["prompt"] for r in other.held_out]
 
 
+@pytest.mark.parametrize("form", ["messages", "text"])
+def test_sft_on_conversations_and_plain_text(form, tmp_path):
+    """Data without prompts and answers trains too; there is nothing to evaluate, and the summary says so."""
+    turns = lambda a: [{"role": "user", "content": f"{a}?"}, {"role": "assistant", "content": str(a % 10)}]
+    records = [{form: turns(a) if form == "messages" else f"{a} ends in {a % 10}"} for a in range(100, 140)]
+    run = dataclasses.replace(SFT, data=write_lines(tmp_path / "data.jsonl", records), tokenizer="byte", held_out=0)
+    outcome = recipes.train_sft(dataclasses.replace(run, steps=4, out=str(tmp_path / "run")))
+    losses = [row["train/loss"] for row in metrics.read(outcome.folder / "metrics.jsonl")]
+    assert losses[-1] < losses[0] and "accuracy_after" not in outcome.summary
+    assert "--prompt" not in runs.next_steps(outcome.folder)
+
+
+def test_rewards_that_are_never_given_end_in_a_summary(warm, digits, tmp_path):
+    reward = tmp_path / "none.py"
+    reward.write_text("def reward(*, completions, **_):\n    return [None] * len(completions)\n")
+    run = dataclasses.replace(GRPO, data=digits["data"], init=str(warm.folder), steps=2, reward=str(reward))
+    outcome = recipes.train_grpo(dataclasses.replace(run, out=str(tmp_path / "run")))
+    assert outcome.summary["reward_after"] is None and checkpoint.steps(outcome.folder / "checkpoints") == [2]
+
+
+def test_a_run_killed_before_its_model_was_described_resumes(warm, digits, tmp_path):
+    run = dataclasses.replace(GRPO, data=digits["data"], init=str(warm.folder), steps=2, out=str(tmp_path / "run"))
+    recipes.train_grpo(run)
+    (tmp_path / "run" / "model.json").unlink()
+    recipes.train_grpo(dataclasses.replace(run, steps=4), resume=True)
+    assert runs.load_model(run.out).max_tokens == 4
+    assert runs.read_config(run.out)[1]["steps"] == 4  # flags given on resume are remembered
+
+
 def test_evaluate_and_complete(trained):
     result = talk.evaluate(str(trained.folder), batch=7)
     assert result.problems == 16 and result.accuracy == pytest.approx(trained.summary["accuracy_after"])
@@ -172,6 +201,7 @@ def test_chat_reads_until_the_end_and_survives_bad_lines(trained, monkeypatch, c
         ({"held_out": 8098}, "a step takes 4 prompts and arithmetic leaves 2 for training"),
         ({"mesh": "fsdp=3"}, "mesh 'fsdp=3' has 3 places for 8 devices"),
         ({"reward": "missing.py"}, "'missing.py' is not a Python file"),
+        ({"mesh": "fsdp=8", "model": recipes.ModelConfig(width=12, heads=2, kv_heads=1)}, "does not divide over the 8"),
         ({"model": recipes.ModelConfig(heads=3, kv_heads=2)}, "kv_heads"),
     ],
 )
@@ -180,6 +210,19 @@ def test_what_cannot_work_is_refused_before_anything_is_written(change, message,
     with pytest.raises(ValueError, match=message):
         recipes.train_grpo(run)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_larger_than_the_data_is_refused_before_anything_is_written(digits, tmp_path):
+    run = dataclasses.replace(SFT, **digits, out=str(tmp_path / "run"), sft=SFTConfig(batch=500))
+    with pytest.raises(ValueError, match="a batch of 500 was asked from 184 examples"):
+        recipes.train_sft(run)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_tokenizer_over_a_model_is_refused(warm, tmp_path):
+    run = dataclasses.replace(GRPO, init=str(warm.folder), tokenizer="char:0123456789+=", out=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="is not that of the model of .*, whose ids mean something else"):
+        recipes.train_grpo(run)
 
 
 def test_an_existing_run_is_not_overwritten(trained):

@@ -100,6 +100,19 @@ def test_bad_reward_results_are_refused(returned, message):
         rewards.score(lambda **_: returned, rollout, TOKENIZER, ["p", "q"], {}, samples=1)
 
 
+def test_any_row_of_numbers_is_a_result():
+    rollout = make_rollout(["1", "2"], [Finish.EOS] * 2)
+    for returned in (jnp.asarray([1.0, 2.0]), np.asarray([1, 2]), (1, 2)):
+        scores = rewards.score(lambda returned=returned, **_: returned, rollout, TOKENIZER, ["p", "q"], {}, samples=1)
+        np.testing.assert_array_equal(scores, [1, 2])
+
+
+def test_columns_do_not_hide_what_the_sampler_gives():
+    rollout = make_rollout(["1"], [Finish.EOS])
+    with pytest.raises(ValueError, match="the data has a column 'lengths', a name that rewards get from the sampler"):
+        rewards.score(lambda **_: [1], rollout, TOKENIZER, ["p"], {"lengths": [3]}, samples=1)
+
+
 def test_bad_reward_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="is not a Python file; expected path/to/rewards.py:function"):
         rewards.load_reward(str(tmp_path / "none.py"))

@@ -42,9 +42,15 @@ def test_loss_is_the_mean_over_masked_tokens(model, params, data):
 
 
 def test_the_end_is_trained_though_padding_shares_its_id(model, params, data):
-    """Each row's EOS is among the trained tokens, and no padding is: the gradient hears of exactly these."""
-    trained = np.asarray(data.loss_mask * (data.tokens == EOS)).sum(axis=1)
-    np.testing.assert_array_equal(trained, 1)
+    """What the last EOS of a row costs is in the loss; what the padding behind it costs is not."""
+    value = lambda batch: jax.jit(lambda params, batch: sft.loss(model, params, batch)[0].total)(params, batch)
+    whole, ends = value(data), np.asarray(data.loss_mask).cumsum(1).argmax(1)
+    row = int(ends.argmin())  # a row with padding
+    assert data.tokens[row, ends[row]] == EOS and ends[row] < 6
+    without_end = data.replace(tokens=data.tokens.at[row, ends[row]].set(5))
+    assert abs(value(without_end) - whole) > 1e-3
+    other_padding = data.replace(tokens=data.tokens.at[row, ends[row] + 1 :].set(5))
+    np.testing.assert_allclose(value(other_padding), whole, rtol=1e-6)
 
 
 def test_micro_batches_and_devices_change_nothing(model, params, data):

@@ -52,7 +52,9 @@ def exact_text(
     marker: str | None = None,
     **_,
 ) -> list[float]:
-    """The same comparison on text, for tokenizers that can spell one answer in several ways.
+    """The comparison on text, for tokenizers that can spell one answer in several ways.
+
+    White space around an answer and special tokens inside it do not count, as they do on token ids.
 
     Args:
       completions: decoded texts, without the EOS.
@@ -61,7 +63,7 @@ def exact_text(
       marker: text after whose last occurrence the answer stands; None compares whole completions.
 
     Returns:
-      Zeros and ones. White space around an answer does not count.
+      Zeros and ones.
     """
     read = lambda text: (text.rsplit(marker, 1)[-1] if marker else text).strip()
     return [

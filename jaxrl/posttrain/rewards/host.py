@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +30,7 @@ def load_reward(spec: str) -> Reward:
     module_spec = importlib.util.spec_from_file_location(file.stem, file)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules.setdefault(module.__name__, module)  # where the file's dataclasses look for it
     module_spec.loader.exec_module(module)
     function: Any = getattr(module, name, None)
     if not callable(function):
@@ -70,6 +72,9 @@ def score(
         )
     ]
     repeated = lambda values: [value for value in values for _ in range(samples)]
+    taken = {"prompts", "completions", "completion_ids", "lengths", "finish_reasons"} & columns.keys()
+    if taken:
+        raise ValueError(f"the data has a column {taken.pop()!r}, a name that rewards get from the sampler; rename it")
     values = reward(
         prompts=repeated(prompts),
         completions=[tokenizer.decode(row) for row in ids],
@@ -79,8 +84,8 @@ def score(
         **{name: repeated(column) for name, column in columns.items()},
     )
     name = getattr(reward, "__name__", "the reward")
-    if not isinstance(values, Sequence | np.ndarray) or len(values) != len(ids):
-        found = f"{len(values)} values" if isinstance(values, Sequence | np.ndarray) else type(values).__name__
+    if not hasattr(values, "__len__") or len(values) != len(ids):
+        found = f"{len(values)} values" if hasattr(values, "__len__") else type(values).__name__
         raise ValueError(
             f"{name} returned {found} for {len(ids)} completions; return one number (or None) for each completion"
         )
