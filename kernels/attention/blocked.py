@@ -65,9 +65,7 @@ def blocked_attention(
                 f'{type(value).__name__}; use implementation="reference".'
             )
     block = BLOCK.get(jax.default_backend(), 512)
-    settings = Settings(
-        scale, soft_cap, _block(q.shape[1], block_q or block), _block(k.shape[1], block_k or block)
-    )
+    settings = Settings(scale, soft_cap, _block(q.shape[1], block_q or block), _block(k.shape[1], block_k or block))
     return _attention(settings, q, k, v, bias, sinks, mask, jnp.asarray(q_offset, jnp.int32))
 
 

@@ -136,9 +136,7 @@ def pallas_attention(
     if reason:
         raise ValueError(f'attention: implementation="pallas": {reason}.')
     t, s = q.shape[1], k.shape[1]
-    settings = Settings(
-        scale, soft_cap, t, s, q.shape[2] // k.shape[2], _block(t, block_q), _block(s, block_k)
-    )
+    settings = Settings(scale, soft_cap, t, s, q.shape[2] // k.shape[2], _block(t, block_q), _block(s, block_k))
     qh = _heads_first(q, settings.block_q)
     kh, vh = _heads_first(k, settings.block_k), _heads_first(v, settings.block_k)
     mask = _explicit_keys(mask)
@@ -160,9 +158,7 @@ def pallas_attention(
 def _block(length: int, limit: int) -> int:
     """The side of equal blocks that cover `length`: one block of any size, or several multiples of 128."""
     if limit % LANES:
-        raise ValueError(
-            f"attention: the Pallas kernel needs blocks that are multiples of {LANES}, got {limit}."
-        )
+        raise ValueError(f"attention: the Pallas kernel needs blocks that are multiples of {LANES}, got {limit}.")
     count = -(-length // limit)
     unit = 16 if count == 1 else LANES
     return -(-length // (count * unit)) * unit
@@ -230,9 +226,7 @@ def _logits(q, k, allowed_of, settings: Settings, tile: KernelTile):
 
 def _tile(i, j, offset_ref, settings: Settings, transposed: bool) -> KernelTile:
     q_first = offset_ref[0] + i * settings.block_q
-    return KernelTile(
-        q_first, j * settings.block_k, settings.block_q, settings.block_k, settings.s, transposed
-    )
+    return KernelTile(q_first, j * settings.block_k, settings.block_q, settings.block_k, settings.s, transposed)
 
 
 def _mask_in_kernel(structure, kinds, refs, rows, b):
@@ -271,9 +265,7 @@ def _forward_kernel(table, offset, *refs, settings, structure, kinds):
     def _():
         total = total_scratch[...]
         seen = total > 0
-        o[0, 0] = jnp.where(seen[:, :1], o_scratch[...] / jnp.where(seen, total, 1.0)[:, :1], 0.0).astype(
-            o.dtype
-        )
+        o[0, 0] = jnp.where(seen[:, :1], o_scratch[...] / jnp.where(seen, total, 1.0)[:, :1], 0.0).astype(o.dtype)
         row = jnp.where(seen, m_scratch[...] + jnp.log(jnp.where(seen, total, 1.0)), MASKED)
         lse[0, 0] = row.T[:1]
 
@@ -300,9 +292,7 @@ def _dq_kernel(table, offset, *refs, settings, structure, kinds):
     def _():
         allowed = _mask_in_kernel(structure, kinds, mask_refs, rows, b)
         tile = _tile(i, j, offset, settings, True)
-        _, ds = _backward_tile(
-            q[0, 0], k[0, 0], v[0, 0], do[0, 0], lse[0, 0], delta[0, 0], allowed, settings, tile
-        )
+        _, ds = _backward_tile(q[0, 0], k[0, 0], v[0, 0], do[0, 0], lse[0, 0], delta[0, 0], allowed, settings, tile)
         dq_scratch[...] += dot(ds.astype(k.dtype), k[0, 0], (((0,), (0,)), ((), ())))
 
     @pl.when(j == pl.num_programs(3) - 1)
@@ -325,9 +315,7 @@ def _dkv_kernel(table, offset, *refs, settings, structure, kinds):
     def _():
         allowed = _mask_in_kernel(structure, kinds, mask_refs, rows, b)
         tile = _tile(i, j, offset, settings, True)
-        p, ds = _backward_tile(
-            q[0, 0], k[0, 0], v[0, 0], do[0, 0], lse[0, 0], delta[0, 0], allowed, settings, tile
-        )
+        p, ds = _backward_tile(q[0, 0], k[0, 0], v[0, 0], do[0, 0], lse[0, 0], delta[0, 0], allowed, settings, tile)
         dv_scratch[...] += dot(p.astype(do.dtype), do[0, 0], (((1,), (0,)), ((), ())))
         dk_scratch[...] += dot(ds.astype(q.dtype), q[0, 0], (((1,), (0,)), ((), ())))
 
@@ -377,8 +365,7 @@ def _call(kernel, name, grid, at, table, offset, inputs, outputs, scratch, mask_
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=2 + len(rows),
                 grid=grid,
-                in_specs=[spec(x.shape, axis) for x, axis in inputs]
-                + [mask_spec(kind) for _, kind in blocks],
+                in_specs=[spec(x.shape, axis) for x, axis in inputs] + [mask_spec(kind) for _, kind in blocks],
                 out_specs=specs,
                 scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
             ),
