@@ -113,12 +113,14 @@ def token_log_probs(
             x = soft_cap * jnp.tanh(x / soft_cap)
         return select_log_probs(x / temperature, targets)
 
+    hidden, targets = hidden.reshape(b * t, d), targets.reshape(b * t)
     if b * t <= chunk:
-        return tokens(hidden, unembedding, targets)
+        log_probs, entropy = tokens(hidden, unembedding, targets)
+        return log_probs.reshape(b, t), entropy.reshape(b, t)
     n = -(-b * t // chunk)
     pad = n * chunk - b * t
-    hidden = jnp.pad(hidden.reshape(b * t, d), ((0, pad), (0, 0))).reshape(n, chunk, d)
-    targets = jnp.pad(targets.reshape(b * t), (0, pad)).reshape(n, chunk)
+    hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(n, chunk, d)
+    targets = jnp.pad(targets, (0, pad)).reshape(n, chunk)
     weight = unembedding.astype(acc)  # so that the gradients of the chunks are summed in float32
     one = jax.checkpoint(lambda h, w, y: tokens(h, w.astype(unembedding.dtype), y))
     log_probs, entropy = lax.map(lambda hy: one(hy[0], weight, hy[1]), (hidden, targets))

@@ -27,7 +27,9 @@ class Linear(nn.Module):
         """Map x [..., in] to [..., features]."""
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.dtype(self.param_dtype))
-        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        # rows of a matrix: the kernel's gradient of [B, T, in] x [in, out] would transpose both factors in memory
+        rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
+        y = jnp.dot(rows, kernel.astype(self.dtype)).reshape(*x.shape[:-1], self.features)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.dtype(self.param_dtype))
             y = y + jnp.broadcast_to(bias.astype(self.dtype), y.shape)

@@ -73,7 +73,9 @@ def main():
     steps = 1 + options.warm_up + options.steps
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
     cluster = rl_cluster.ClusterConfig(
-        role_to_mesh={role: mesh for role in (rl_cluster.Role.ACTOR, rl_cluster.Role.REFERENCE, rl_cluster.Role.ROLLOUT)},
+        role_to_mesh={
+            role: mesh for role in (rl_cluster.Role.ACTOR, rl_cluster.Role.REFERENCE, rl_cluster.Role.ROLLOUT)
+        },
         training_config=rl_cluster.RLTrainingConfig(
             actor_optimizer=optax.chain(
                 optax.clip_by_global_norm(case.clip_norm), optax.adamw(case.learning_rate, b2=0.95, weight_decay=0.0)

@@ -32,8 +32,9 @@ def dense_attention(
     b, t, h, d = q.shape
     s, heads = k.shape[1], k.shape[2]
     acc = jnp.promote_types(q.dtype, jnp.float32)
-    grouped = q.reshape(b, t, heads, h // heads, d)
-    logits = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=acc).reshape(b, h, t, s)
+    # the queries of one key head are the rows of one matrix: a few long products, not many small ones
+    grouped = jnp.swapaxes(q, 1, 2).reshape(b, heads, h // heads * t, d)
+    logits = jnp.einsum("bknd,bskd->bkns", grouped, k, preferred_element_type=acc).reshape(b, h, t, s)
     logits = logits * scale
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
@@ -53,6 +54,6 @@ def dense_attention(
     seen = total > 0
     total = jnp.where(seen, total, 1.0)
     lse = jnp.where(seen, top + jnp.log(total), MASKED)[..., 0]
-    weights = (weights / total).reshape(b, heads, h // heads, t, s)
-    o = jnp.einsum("bkgts,bskd->btkgd", weights, v.astype(acc))
-    return o.reshape(b, t, h, v.shape[-1]).astype(q.dtype), lse
+    weights = (weights / total).reshape(b, heads, h // heads * t, s)
+    o = jnp.einsum("bkns,bskd->bknd", weights, v.astype(acc)).reshape(b, h, t, v.shape[-1])
+    return jnp.swapaxes(o, 1, 2).astype(q.dtype), lse
