@@ -10,7 +10,6 @@ from importlib.metadata import version
 
 import cases
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
