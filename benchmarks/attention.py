@@ -24,6 +24,12 @@ FORMS = {
 }
 
 
+def temporary_mb(program) -> float:
+    """Megabytes that a compiled program takes beside its arguments and results; NaN where the platform does not say."""
+    memory = program.memory_analysis()
+    return float("nan") if memory is None else memory.temp_size_in_bytes / 1e6
+
+
 def compiled(form, backward: bool, arrays):
     """The program of one form, forward or forward and gradients."""
     run = jax.grad(lambda *qkv: form(*qkv).sum(), argnums=(0, 1, 2)) if backward else form
@@ -49,7 +55,7 @@ def measure(length: int, backward: bool, *, rows: int, heads: int, kv_heads: int
             "form": name,
             "cpu_ms": 1e3 * statistics.median(cpu for cpu, _ in times[name][1:]),
             "wall_ms": 1e3 * statistics.median(wall for _, wall in times[name][1:]),
-            "temporary_mb": program.memory_analysis().temp_size_in_bytes / 1e6,
+            "temporary_mb": temporary_mb(program),
         }
         for name, program in programs.items()
     ]

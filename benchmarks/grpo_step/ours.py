@@ -54,18 +54,19 @@ def main():
     case = cases.CASES[options.case]
     state, data, step, _ = build(case)
     begun = time.perf_counter()
-    watch, compiled, progress = cases.Stopwatch(), 0.0, None
+    watch, first, compiled, tokens = cases.Stopwatch(), 0.0, 0.0, 0.0
     steps = options.steps + CHUNK * -(-options.warm_up // CHUNK)
     for progress in loop.run(step, state, data, steps=steps, chunk=CHUNK):
         if progress.compile_seconds > 1e-2:
             first, compiled = time.perf_counter() - begun, progress.compile_seconds
+        tokens = progress.metrics[-1]["throughput/tokens"]
         watch.lap(CHUNK)
     cases.report(
         "jaxrl",
         options.case,
         watch.laps[-(options.steps // CHUNK) :],
         first,
-        tokens=int(progress.metrics[-1]["throughput/tokens"]),
+        tokens=int(tokens),
         versions={name: version(name) for name in ("jax", "flax", "optax")},
         compile_s=compiled,
         steps_per_chunk=CHUNK,

@@ -22,12 +22,12 @@ def measure(part: str, function, *inputs, repeats: int):
     for _ in range(repeats):
         jax.block_until_ready(program(*inputs))
         watch.lap()
-    cpu = [lap[0] for lap in watch.laps]
+    cpu, memory = [lap[0] for lap in watch.laps], program.memory_analysis()
     line = {
         "part": part,
         "cpu_ms": round(1e3 * statistics.median(cpu), 2),
         "cpu_min_ms": round(1e3 * min(cpu), 2),
-        "temporary_mb": round(program.memory_analysis().temp_size_in_bytes / 1e6, 2),
+        "temporary_mb": memory and round(memory.temp_size_in_bytes / 1e6, 2),
         "compile_s": round(compile_wall, 1),
         "compile_cpu_s": round(compile_cpu, 1),
     }
