@@ -102,7 +102,12 @@ def _span(values: jax.Array, first: Index, size: int, axis: int) -> jax.Array:
 
 
 class Mask:
-    """Base of all masks: supplies `&` and `|`. A mask of your own needs `allowed`, `live` and `check`."""
+    """Base of all masks: supplies `&`, `|` and the pytree methods.
+
+    A mask of your own is a frozen dataclass under `jax.tree_util.register_pytree_node_class`, with `allowed`,
+    `live` and `check`. (Not under `register_dataclass`: in jaxlib 0.10 the structures of two such classes with
+    the same static values are equal, and `jit` may serve `Causal()` with the program traced for `Full()`.)
+    """
 
     def allowed(self, tile: Rectangle) -> jax.Array:
         """Bool for every pair of the tile, broadcastable to it."""
@@ -114,6 +119,20 @@ class Mask:
 
     def check(self, shape: tuple[int, int, int, int], q_offset: Index) -> None:
         """Raise ValueError if the mask's arrays cannot serve attention of `shape` (B, H, T, S)."""
+
+    def tree_flatten(self):
+        fields = dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
+        leaves = tuple(f.name for f in fields if "static" not in f.metadata)
+        static = tuple((f.name, getattr(self, f.name)) for f in fields if "static" in f.metadata)
+        return tuple(getattr(self, name) for name in leaves), (leaves, static)
+
+    @classmethod
+    def tree_unflatten(cls, structure, values):
+        self = object.__new__(cls)  # as a pytree's values may be anything, __post_init__ does not judge them
+        leaves, static = structure
+        for name, value in (*zip(leaves, values, strict=True), *static):
+            object.__setattr__(self, name, value)
+        return self
 
     def __and__(self, other: Mask) -> And:
         return And(self, other)
@@ -156,7 +175,7 @@ def _rows(t: int, q_offset: Index) -> tuple[int, ...]:
     return (-(q_offset + t if isinstance(q_offset, int) else t),)
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Full(Mask):
     """Every query sees every key."""
@@ -168,7 +187,7 @@ class Full(Mask):
         return True
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Causal(Mask):
     """A query sees itself and what came before: k <= q."""
@@ -180,7 +199,7 @@ class Causal(Mask):
         return tile.k_first <= tile.q_last
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Window(Mask):
     """A query sees itself and the n - 1 keys before it: 0 <= q - k < n. (Causal already.)"""
@@ -197,7 +216,7 @@ class Window(Mask):
         return (tile.k_first <= tile.q_last) & (tile.k_last > tile.q_first - self.n)
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Chunked(Mask):
     """Queries see keys of their own chunk of n: q // n == k // n. (Llama 4's local layers, with Causal.)"""
@@ -216,7 +235,7 @@ class Chunked(Mask):
         return (q_first <= k_last) & (k_first <= q_last)
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prefix(Mask):
     """Every query sees the first lengths[b] keys, lengths int [B]. (Prefix-LM: `Causal() | Prefix(n)`.)"""
@@ -233,7 +252,7 @@ class Prefix(Mask):
         _expect("Prefix", "lengths", jnp.shape(self.lengths), ((shape[0], 1),), "[B]")
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Segments(Mask):
     """Queries see keys with the same id (packed documents, padding).
@@ -262,7 +281,7 @@ class Segments(Mask):
         _expect("Segments", what, jnp.shape(self.keys()), ((b, 1), (s,)), "[B, S]")
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tree(Mask):
     """A key is seen from its own position to the end of its subtree: k <= q < end[k], end int [B, S].
@@ -284,7 +303,7 @@ class Tree(Mask):
         _expect("Tree", "end", jnp.shape(self.end), ((shape[0], 1), (shape[3],)), "[B, S]")
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class BlockDiffusion(Mask):
     """Training mask of block diffusion: the sequence is [x_t ; x_0], 2 L tokens, both halves cut into blocks.
@@ -330,7 +349,7 @@ class BlockDiffusion(Mask):
             raise ValueError(f"BlockDiffusion: S = {shape[3]} keys, expected an even number: [x_t ; x_0].")
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dense(Mask):
     """A mask given as an array: bool [B|1, H|1, Q, S], True where the query sees the key."""
@@ -351,7 +370,7 @@ class Dense(Mask):
             raise ValueError(f"Dense: array has dtype {jnp.result_type(self.array)}, expected bool.")
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class And(Mask):
     """What both masks allow."""
@@ -370,7 +389,7 @@ class And(Mask):
         self.b.check(shape, q_offset)
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Or(Mask):
     """What either mask allows."""

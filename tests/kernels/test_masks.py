@@ -111,6 +111,14 @@ def test_single_pairs_that_are_forbidden_are_dead(name):
     np.testing.assert_array_equal(live, whole[1, 1])
 
 
+def test_no_two_masks_have_the_same_structure():
+    """Equal structures would let `jit` serve one mask with the program of another, at the whim of hashes."""
+    masks = [Full(), Causal(), Window(3), Chunked(3), BlockDiffusion(3), Window(4)]
+    masks += [Prefix(LENGTHS), Tree(END), Dense(ARRAY), Segments(IDS), Causal() & Full(), Causal() | Full()]
+    structures = [jax.tree.structure(mask) for mask in masks]
+    assert [[a == b for b in structures] for a in structures] == np.eye(len(masks)).tolist()
+
+
 def live_tiles(mask, n, block):
     live = jax.jit(lambda mask, i, j: jnp.asarray(mask.live(Tile(i, block, j, block, n, 0, 0))))
     return sum(bool(live(mask, i, j)) for i in range(0, n, block) for j in range(0, n, block))
