@@ -1,0 +1,3 @@
+"""Agents: one file each."""
+
+from jaxrl.agents.agent import Agent as Agent
