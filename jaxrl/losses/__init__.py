@@ -5,6 +5,7 @@ values, diagnostics = group.loss(..., variant=group.PRESETS["dapo"])
 total, weight = reduce.tokens(values, mask)
 """
 
+from jaxrl.losses import continuous as continuous
 from jaxrl.losses import group as group
 from jaxrl.losses import kl as kl
 from jaxrl.losses import policy as policy
