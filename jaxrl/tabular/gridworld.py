@@ -153,9 +153,8 @@ def windy_grid_world(*, kings_moves: bool = False, stay: bool = False, stochasti
         return land
 
     gusts = (-1, 0, 1) if stochastic else (0,)
-    parts = [_arrays_of(layout, arrive(gust)) for gust in gusts]
-    transition = sum(part[0] for part in parts) / len(parts)
-    return _finish(layout, transition, parts[0][1].max() * np.ones_like(transition), layout.targets)
+    transition = sum(_arrays_of(layout, arrive(gust))[0] for gust in gusts) / len(gusts)
+    return _finish(layout, transition, np.full_like(transition, -1.0), layout.targets)
 
 
 def random_walk(states: int = 19) -> MDP:

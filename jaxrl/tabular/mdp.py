@@ -161,24 +161,27 @@ def deterministic_policy(mdp: MDP, actions) -> jax.Array:
     )
 
 
-def greedy(q: jax.Array, *, tolerance: jax.Array | float = 0.0) -> jax.Array:
-    """The greedy policy, equal shares to equally good actions: [..., A] -> [..., A].
+def greedy(q: jax.Array, *, ties: float | None = None) -> jax.Array:
+    """The greedy policy: [..., A] -> [..., A].
 
     Args:
       q: [..., A] action values.
-      tolerance: how far below the best still counts as equal. Rounding makes ties of computed values unequal: 1e-4 or
-        so shows all optimal actions. Compare values of policies, never the policies.
+      ties: None: the first of the best actions, a deterministic policy. A number: equal shares to all actions that
+        close to the best. 0.0 is for exploring; rounding makes ties of computed values unequal, so that about 1e-4
+        shows all that are optimal. Compare values of policies, never the policies.
 
     Returns:
       [..., A] probabilities.
     """
-    best = q >= q.max(axis=-1, keepdims=True) - tolerance
-    return best / best.sum(axis=-1, keepdims=True)
+    if ties is None:
+        return jax.nn.one_hot(q.argmax(axis=-1), q.shape[-1], dtype=q.dtype)
+    best = q >= q.max(axis=-1, keepdims=True) - ties
+    return best / best.sum(axis=-1, keepdims=True, dtype=q.dtype)
 
 
-def epsilon_greedy(q: jax.Array, epsilon: jax.Array | float) -> jax.Array:
-    """(1 - epsilon) greedy + epsilon uniform: [..., A] -> [..., A] probabilities."""
-    return (1.0 - epsilon) * greedy(q) + epsilon / q.shape[-1]
+def epsilon_greedy(q: jax.Array, epsilon: jax.Array | float, *, ties: float | None = None) -> jax.Array:
+    """(1 - epsilon) greedy + epsilon uniform: [..., A] -> [..., A] probabilities. `ties` as `greedy`."""
+    return (1.0 - epsilon) * greedy(q, ties=ties) + epsilon / q.shape[-1]
 
 
 def draw(key: jax.Array, probs: jax.Array) -> jax.Array:
