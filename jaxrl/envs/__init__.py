@@ -1,6 +1,12 @@
 """Environments as pure functions."""
 
+from jaxrl.envs.catalogue import ENVS as ENVS
+from jaxrl.envs.catalogue import make as make
 from jaxrl.envs.env import Box as Box
 from jaxrl.envs.env import Discrete as Discrete
 from jaxrl.envs.env import Env as Env
+from jaxrl.envs.env import Space as Space
 from jaxrl.envs.env import TimeStep as TimeStep
+from jaxrl.envs.wrappers import auto_reset as auto_reset
+from jaxrl.envs.wrappers import time_limit as time_limit
+from jaxrl.envs.wrappers import vectorise as vectorise
