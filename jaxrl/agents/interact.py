@@ -88,7 +88,7 @@ def collect(
       env: as in `begin`.
       act: `(observation [N, ...], mask [N, A] or None, memory [N, ...], noise) -> (action [N, ...], memory, extras)`.
       interaction: where the environments stand.
-      key: for the environments; consumed.
+      key: for the environments, one for all [] or one for each [N]; consumed.
       steps: T.
       noise: a pytree of [T, ...], of which `act` gets one slice a step.
       memory: as in `begin`.
@@ -97,9 +97,9 @@ def collect(
       The interaction after the steps, and the trajectory [T, N].
     """
     n = interaction.episode_return.shape[0]
-    reset_key, step_key = jax.random.split(key)
-    fresh = jax.vmap(jax.vmap(env.reset))(jax.random.split(reset_key, (steps, n)))
-    keys = jax.random.split(step_key, (steps, n))
+    keys = key if jnp.ndim(key) else jax.random.split(key, n)
+    reset_keys, keys = (keys.T for keys in jax.vmap(lambda key: jax.random.split(key, (2, steps)), out_axes=1)(keys))
+    fresh = jax.vmap(jax.vmap(env.reset))(reset_keys)
     memories = copies(memory, n)
 
     def step(now: Interaction, drawn):

@@ -1,0 +1,214 @@
+"""What the on-policy agents share: a state, a rollout with values and advantages, and a gradient step."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl import returns
+from jaxrl.agents import interact, normalise
+from jaxrl.agents.networks import Network
+from jaxrl.distributions import Categorical, Distribution, Gaussian
+from jaxrl.envs.env import Discrete, Env, Space
+
+
+class State(NamedTuple):
+    """All there is of an on-policy run.
+
+    `step`: int32, updates done. `key`: never changes; every use folds in the step and a purpose. `params`: {"actor",
+    "critic", "observations": `Moments` or ()}. `optimizer`: of actor and critic. `interaction`: where the environments
+    stand, with the actor's memory. `critic_memory`: [N, *]. `rewards`: a `RewardScale` or ().
+    """
+
+    step: jax.Array
+    key: jax.Array
+    params: dict[str, Any]
+    optimizer: Any
+    interaction: interact.Interaction
+    critic_memory: Any
+    rewards: Any
+
+
+class Batch(NamedTuple):
+    """A rollout ready to be learnt from; every leaf is [T, N, ...] but the memories, [N, ...] before the first step.
+
+    `policy` is the distribution acted from, `log_prob` that of the action under it.
+    """
+
+    observation: Any
+    starts: jax.Array
+    mask: jax.Array | None
+    action: jax.Array
+    policy: Any
+    log_prob: jax.Array
+    value: jax.Array
+    advantage: jax.Array
+    target: jax.Array
+    actor_memory: Any
+    critic_memory: Any
+
+
+def init(
+    env: Env,
+    actor: Network,
+    critic: Network,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    *,
+    envs: int,
+    normalise_observations: bool = False,
+    normalise_rewards: bool = False,
+) -> State:
+    """The state before the first step; the key is kept."""
+    keys = [jax.random.fold_in(jax.random.fold_in(key, 0), purpose) for purpose in range(3)]
+    trained = {"actor": actor.init(keys[0]), "critic": critic.init(keys[1])}
+    observations = normalise.moments(env.observation_space.shape) if normalise_observations else ()
+    return State(
+        step=jnp.int32(0),
+        key=key,
+        params=trained | {"observations": observations},
+        optimizer=optimizer.init(trained),
+        interaction=interact.begin(env, keys[2], envs, memory=actor.memory()),
+        critic_memory=interact.copies(critic.memory(), envs),
+        rewards=normalise.reward_scale(envs) if normalise_rewards else (),
+    )
+
+
+def draw_noise(actions: Space, keys: jax.Array, steps: int) -> jax.Array:
+    """Standard noise [T, N, *] for a policy over `actions`; keys [N], one for each environment, are consumed."""
+    if isinstance(actions, Discrete):
+        return jax.vmap(lambda key: Categorical.noise(key, (steps, actions.n)), out_axes=1)(keys)
+    return jax.vmap(lambda key: Gaussian.noise(key, (steps, *actions.shape)), out_axes=1)(keys)
+
+
+def see(params: dict[str, Any], observation: Any) -> Any:
+    """The observation [..., *shape] as the networks get it."""
+    moments = params["observations"]
+    return observation if moments == () else normalise.standardise(moments, observation)
+
+
+def allowed(policy: Distribution, mask: jax.Array | None) -> Distribution:
+    """The policy among allowed actions."""
+    return policy if mask is None else policy.masked(mask)
+
+
+def acting(actor: Network) -> Callable:
+    """`Agent.act` of a policy network: greedy without a key."""
+
+    def act(params, observation, memory, key=None):
+        policy, memory = actor.step(params["actor"], see(params, observation), memory)
+        if key is None:
+            return policy.mode(), memory
+        return policy.sample(policy.noise(key, jax.tree.leaves(policy)[0].shape)), memory
+
+    return act
+
+
+def rollout(
+    env: Env,
+    actor: Network,
+    critic: Network,
+    state: State,
+    *,
+    steps: int,
+    discount: jax.Array | float,
+    lambda_: jax.Array | float,
+    axis_name: str | None = None,
+) -> tuple[State, Batch, dict[str, jax.Array]]:
+    """Acts for T steps, then judges them: values, advantages by `returns.gae`, targets.
+
+    The critic runs once over the whole trajectory, and once over the successors: at a truncation that is the true last
+    observation of the episode. Observations are those the policy saw, normalised with the moments it saw them with.
+
+    Returns:
+      The state, in which only parameters, optimizer and step are those of before; the batch; metrics of the episodes.
+    """
+    params, n = state.params, state.interaction.episode_return.shape[0]
+    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * n
+    key = jax.random.fold_in(state.key, state.step + 1)
+    keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i), 2), out_axes=1)(first + jnp.arange(n))
+
+    def act(observation, mask, memory, noise):
+        policy, memory = actor.step(params["actor"], see(params, observation), memory)
+        policy = allowed(policy, mask)
+        return policy.sample(noise), memory, policy
+
+    noise = draw_noise(env.action_space, keys[0], steps)
+    interaction, trajectory = interact.collect(
+        env, act, state.interaction, keys[1], steps=steps, noise=noise, memory=actor.memory()
+    )
+    seen, successor = see(params, trajectory.observation), see(params, trajectory.successor)
+    v_tm1, memories = critic.unroll(params["critic"], seen, trajectory.starts, state.critic_memory)
+    v_t, _ = critic.step(params["critic"], successor, memories)
+    rewards, scale = trajectory.reward, state.rewards
+    if scale != ():
+        scale, rewards = normalise.scale_rewards(
+            scale, rewards, trajectory.done, discount=discount, axis_name=axis_name
+        )
+    estimates = jax.vmap(
+        lambda *streams: returns.gae(*streams, discount=discount, lambda_=lambda_), in_axes=1, out_axes=1
+    )(v_tm1, rewards, v_t, trajectory.terminated, trajectory.truncated)
+    batch = Batch(
+        observation=seen,
+        starts=trajectory.starts,
+        mask=trajectory.mask,
+        action=trajectory.action,
+        policy=trajectory.extras,
+        log_prob=trajectory.extras.log_prob(trajectory.action),
+        value=v_tm1,
+        advantage=estimates.advantages,
+        target=estimates.targets,
+        actor_memory=state.interaction.memory,
+        critic_memory=state.critic_memory,
+    )
+    moments = params["observations"]
+    if moments != ():
+        moments = normalise.update(moments, trajectory.observation, axis_name=axis_name)
+    last = jax.tree.map(lambda m: m[-1], memories)
+    state = state._replace(
+        params=params | {"observations": moments},
+        interaction=interaction,
+        critic_memory=interact.where(trajectory.done[-1], interact.copies(critic.memory(), n), last),
+        rewards=scale,
+    )
+    return state, batch, interact.episodes(trajectory, axis_name=axis_name)
+
+
+def descend(
+    optimizer: optax.GradientTransformation,
+    loss: Callable,
+    trained: Any,
+    optimizer_state: Any,
+    *,
+    rate: jax.Array | float,
+    axis_name: str | None = None,
+) -> tuple[Any, Any, dict[str, jax.Array]]:
+    """One gradient step: trained - rate * optimizer(gradient of the loss).
+
+    Args:
+      optimizer: gives updates in the direction of the gradient, without a learning rate.
+      loss: `(trained) -> (scalar, metrics)`.
+      trained, optimizer_state: a pytree of parameters, and the optimizer's state of it.
+      rate: the learning rate.
+      axis_name: a mapped axis over which gradients and metrics are averaged.
+
+    Returns:
+      The new parameters, the new optimizer state, and the metrics.
+    """
+    gradient, metrics = jax.grad(loss, has_aux=True)(trained)
+    if axis_name is not None:
+        gradient, metrics = jax.lax.pmean((gradient, metrics), axis_name)
+    updates, optimizer_state = optimizer.update(gradient, optimizer_state, trained)
+    return jax.tree.map(lambda p, u: p - rate * u, trained, updates), optimizer_state, metrics
+
+
+def annealed(rate: jax.Array | float, step: jax.Array, anneal: int) -> jax.Array | float:
+    """The learning rate of an update: from `rate` linearly to zero over `anneal` updates; constant if that is 0."""
+    return rate * jnp.maximum(1.0 - step / anneal, 0.0) if anneal else rate
+
+
+def trained(params: dict[str, Any]) -> dict[str, Any]:
+    """What gradients change: actor and critic."""
+    return {name: params[name] for name in ("actor", "critic")}
