@@ -59,7 +59,7 @@ def make() -> Env:
 
 
 def render(state: State) -> np.ndarray:
-    """The rod as a picture; a red arc shows the torque."""
+    """The rod as a picture; a blue arrow shows the torque."""
     view = canvas.View((-1.3, -1.3), (1.3, 1.3), (240, 240))
     picture = canvas.blank(*view.size)
     angle, torque = float(state.angle), float(state.torque)
