@@ -23,10 +23,11 @@ ONE_THREAD = {
 }
 
 
-def measure(python: str, script: str, case: str, steps: int, environment: dict[str, str]) -> dict:
-    """The JSON line of one run."""
+def measure(python: str, script: str, case: str, steps: int, environment: dict[str, str], cores: set[int]) -> dict:
+    """The JSON line of one run on these cores (none: wherever it likes)."""
     command = [python, str(HERE / script), case, "--steps", str(steps)]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    pin = (lambda: os.sched_setaffinity(0, cores)) if cores else None
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, preexec_fn=pin)
     if done.returncode:
         sys.exit(f"{script} {case} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -67,7 +68,7 @@ def main():
     parser.add_argument("--cases", nargs="+", default=list(cases.CASES), choices=cases.CASES)
     parser.add_argument("--rounds", type=int, default=3, help="processes of each library, run in turn")
     parser.add_argument("--steps", type=int, default=40, help="measured steps of a process")
-    parser.add_argument("--default-threads", action="store_true", help="leave XLA's and OpenMP's threads alone")
+    parser.add_argument("--default-threads", action="store_true", help="use all cores and threads")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     options = parser.parse_args()
 
@@ -77,13 +78,15 @@ def main():
         (options.tunix_python, "with_tunix.py"),
     )
     environment = {} if options.default_threads else ONE_THREAD
+    pinning = hasattr(os, "sched_setaffinity") and not options.default_threads
+    cores = {max(os.sched_getaffinity(0))} if pinning else set()
     results = []
     for case in options.cases:
         runs: dict[str, list[dict]] = {}
         for _ in range(options.rounds):
             for python, script in libraries:
                 if python is not None:
-                    runs.setdefault(script, []).append(measure(python, script, case, options.steps, environment))
+                    runs.setdefault(script, []).append(measure(python, script, case, options.steps, environment, cores))
                     print(json.dumps(runs[script][-1]), flush=True)
         results += [summary(rows) for rows in runs.values()]
     about = {
@@ -92,6 +95,7 @@ def main():
         "rounds": options.rounds,
         "steps": options.steps,
         "environment": environment,
+        "cores": len(cores) or os.cpu_count(),
         "load_after": os.getloadavg() if hasattr(os, "getloadavg") else None,
     }
     options.out.with_suffix(".json").write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")

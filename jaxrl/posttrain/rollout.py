@@ -5,6 +5,7 @@ positions start at 0 on a row's first real token. The loop leaves as soon as eve
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
@@ -80,6 +81,40 @@ def behaviour_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
     return logits
 
 
+def categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
+    """One draw from softmax(logits) for each row, by inversion of its distribution function in two levels.
+
+    One uniform number a row, where `jax.random.categorical` takes one for every entry: on CPU a quarter of its time at a
+    vocabulary of 2048. The uniform has 23 bits, so probabilities below 1e-7 are not resolved.
+
+    Args:
+      key: consumed.
+      logits: `[..., V]` float32; an entry of -inf is never drawn.
+
+    Returns:
+      `[...]` int32.
+    """
+    weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+    width = math.isqrt(logits.shape[-1] - 1) + 1
+    blocks = -(-logits.shape[-1] // width)
+    padded = jnp.pad(weights, [(0, 0)] * (logits.ndim - 1) + [(0, blocks * width - logits.shape[-1])])
+    padded = padded.reshape(*logits.shape[:-1], blocks, width)
+    sums = padded.sum(-1)
+    block, rest = _invert(sums, jax.random.uniform(key, logits.shape[:-1]) * sums.sum(-1))
+    inside = jnp.take_along_axis(padded, block[..., None, None], axis=-2)[..., 0, :]
+    return block * width + _invert(inside, rest)[0]
+
+
+def _invert(weights: jax.Array, threshold: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """First index whose cumulative weight exceeds the threshold, and how far the threshold reaches into it."""
+    cumulative = jnp.cumsum(weights, axis=-1)
+    index = (cumulative <= threshold[..., None]).sum(-1)
+    columns = jax.lax.broadcasted_iota(index.dtype, weights.shape, weights.ndim - 1)
+    index = jnp.minimum(index, jnp.where(weights > 0, columns, 0).max(-1))  # rounding may lead past the end
+    before = jnp.take_along_axis(cumulative - weights, index[..., None], axis=-1)[..., 0]
+    return index, threshold - before
+
+
 def rollout(
     model: LanguageModel,
     params,
@@ -130,7 +165,7 @@ def rollout(
         if sampling.temperature == 0:
             token = jnp.argmax(logits, axis=-1)
         else:
-            token = jax.random.categorical(jax.random.fold_in(key, step), filtered)
+            token = categorical(jax.random.fold_in(key, step), filtered)
         log_prob = select_log_probs(logits, token)[0]
         behaviour = select_log_probs(filtered, token)[0] if sampling.filters else log_prob
         return token.astype(jnp.int32), log_prob, behaviour
