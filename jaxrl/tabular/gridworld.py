@@ -79,9 +79,9 @@ def grid_world(
 ) -> MDP:
     """Zhao's grid world (Mathematical Foundations of Reinforcement Learning, 2025), on any layout.
 
-    Every step pays `step_reward` and, on entering a cell, `target_reward` or `forbidden_reward` besides; staying in a
-    cell enters it again. Forbidden cells may be entered. A move off the grid leaves the agent where it is and pays
-    `boundary_reward`. (The Python environment beside the book has other rules: forbidden cells are walls there.)
+    Entering a target pays `target_reward`, a forbidden cell (which may be entered) `forbidden_reward`; staying in a
+    cell enters it again. A move off the grid leaves the agent where it is and pays `boundary_reward`. Any other step pays
+    `step_reward`. (The Python environment beside the book has other rules: forbidden cells are walls there.)
 
     Args:
       layout: where things are; `start` None means uniform over all cells but terminal ones.
@@ -96,14 +96,15 @@ def grid_world(
       MDP with rows * columns states and len(layout.moves) actions.
     """
 
+    def entering(cell):
+        return target_reward * (cell in layout.targets) + forbidden_reward * (cell in layout.forbidden)
+
     def arrive(cell, move):
-        target, bounces = _add(cell, move), not layout.holds(_add(cell, move))
-        reward = step_reward
-        if bounces:
-            target, reward = cell, reward + boundary_reward
-        if bounce_enters or not bounces:
-            reward += target_reward * (target in layout.targets) + forbidden_reward * (target in layout.forbidden)
-        return target, reward
+        target = _add(cell, move)
+        if not layout.holds(target):
+            return cell, boundary_reward + (entering(cell) if bounce_enters else 0.0)
+        special = target in layout.targets or target in layout.forbidden
+        return target, entering(target) if special else step_reward
 
     return _mdp_of(layout, arrive, layout.targets if episodic else ())
 

@@ -1,6 +1,7 @@
 """Monte Carlo: values as averages of returns, without a model and without bootstrapping.
 
-The model is only drawn from. Episodes are cut after `length` steps, which shortens returns by discount^length at most.
+The model is only drawn from. Where episodes do not end by themselves they are cut after `length` steps, and the return
+after step t is cut to length - t rewards. That bias is the book's too; `tail` keeps it below discount^tail.
 All functions are jitted and can be vmapped over keys and discounts.
 """
 
@@ -75,6 +76,7 @@ def exploring_starts(
     episodes: int,
     length: int,
     first_visit: bool = True,
+    tail: jax.Array | int = 0,
     values: jax.Array | None = None,
 ) -> Estimate:
     """Monte Carlo control, every episode beginning with a random state and action (Zhao 2025, algorithm 5.2).
@@ -88,12 +90,13 @@ def exploring_starts(
       discount: gamma.
       episodes, length: how many, and the steps of each at most.
       first_visit: whether a pair counts at its first visit in an episode only, or at every one.
+      tail: visits in the last `tail` steps of an episode that was cut do not count.
       values: [S, A] for pairs not visited yet; zeros if None.
 
     Returns:
       Estimate.
     """
-    return _control(mdp, key, discount, episodes, length, 0.0, True, first_visit, values)
+    return _control(mdp, key, discount, episodes, length, 0.0, True, first_visit, tail, values)
 
 
 @partial(jax.jit, static_argnames=("episodes", "length", "first_visit"))
@@ -106,6 +109,7 @@ def epsilon_greedy(
     length: int,
     epsilon: jax.Array | float,
     first_visit: bool = True,
+    tail: jax.Array | int = 0,
     values: jax.Array | None = None,
 ) -> Estimate:
     """Monte Carlo control that explores by itself, epsilon-greedily (Zhao 2025, algorithm 5.3).
@@ -114,13 +118,14 @@ def epsilon_greedy(
     `dynamic_programming.value_iteration(epsilon=...)` is its limit.
 
     Args:
-      mdp, key, discount, episodes, length, first_visit, values: as `exploring_starts`. Episodes begin as the MDP says.
+      mdp, key, discount, episodes, length, first_visit, tail, values: as `exploring_starts`, but episodes
+        begin as the MDP says.
       epsilon: how often the action is random.
 
     Returns:
       Estimate, with the epsilon-greedy policy.
     """
-    return _control(mdp, key, discount, episodes, length, epsilon, False, first_visit, values)
+    return _control(mdp, key, discount, episodes, length, epsilon, False, first_visit, tail, values)
 
 
 @partial(jax.jit, static_argnames=("episodes", "length", "first_visit", "weighted"))
@@ -133,6 +138,7 @@ def prediction(
     episodes: int,
     length: int,
     first_visit: bool = True,
+    tail: jax.Array | int = 0,
     behaviour: jax.Array | None = None,
     weighted: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
@@ -147,6 +153,7 @@ def prediction(
       discount: gamma.
       episodes, length: how many, all in memory at once, and the steps of each at most.
       first_visit: whether a state counts at its first visit in an episode only, or at every one.
+      tail: as `exploring_starts`.
       behaviour: [S, A] the policy followed, None for the same. Positive wherever `policy` is.
       weighted: weighted importance sampling (biased, bounded) or ordinary (unbiased, of any variance).
 
@@ -162,7 +169,7 @@ def prediction(
         pair = stream.s_tm1, stream.a_tm1
         ratio = jnp.where(alive, policy[pair] / followed[pair], 1.0)
         rho = jnp.cumprod(ratio[::-1])[::-1]
-        counted = _counted(stream.s_tm1, alive, mdp.states, first_visit)
+        counted = _counted(stream.s_tm1, alive & _complete(stream, alive, tail), mdp.states, first_visit)
         tally = lambda x: jnp.zeros(mdp.states).at[stream.s_tm1].add(counted * x)
         return tally(rho * returns), tally(rho), tally(1.0)
 
@@ -171,7 +178,7 @@ def prediction(
     return jnp.where(weights > 0, totals / jnp.where(weights > 0, weights, 1.0), 0.0), counts
 
 
-def _control(mdp, key, discount, episodes, length, epsilon, explore_starts, first_visit, values) -> Estimate:
+def _control(mdp, key, discount, episodes, length, epsilon, explore_starts, first_visit, tail, values) -> Estimate:
     shape = (mdp.states, mdp.actions)
     values = jnp.zeros(shape) if values is None else jnp.asarray(values, jnp.float32)
     if values.shape != shape:
@@ -196,7 +203,9 @@ def _control(mdp, key, discount, episodes, length, epsilon, explore_starts, firs
         stream = sample_stream(mdp, key, policy, steps=length, discount=discount, **begin)
         returns = discounted_returns(stream.r_t, stream.discount_t)
         pair = stream.s_tm1, stream.a_tm1
-        counted = _counted(stream.s_tm1 * mdp.actions + stream.a_tm1, _alive(stream), values.size, first_visit)
+        alive = _alive(stream)
+        number = stream.s_tm1 * mdp.actions + stream.a_tm1
+        counted = _counted(number, alive & _complete(stream, alive, tail), values.size, first_visit)
         return (sums.at[pair].add(counted * returns), counts.at[pair].add(counted)), None
 
     zeros = jnp.zeros(shape, jnp.float32)
@@ -208,6 +217,12 @@ def _control(mdp, key, discount, episodes, length, epsilon, explore_starts, firs
 def _alive(stream: Transition) -> jax.Array:
     """[T] bool, true within the first episode."""
     return jnp.cumsum(stream.last) - stream.last == 0
+
+
+def _complete(stream: Transition, alive: jax.Array, tail) -> jax.Array:
+    """[T] bool, true where the return is that of an episode that terminated, or has more than `tail` rewards."""
+    terminated = (alive & (stream.discount_t == 0.0)).any()
+    return terminated | (jnp.arange(alive.size) < alive.size - tail)
 
 
 def _counted(visited, alive, number, first_visit) -> jax.Array:
