@@ -72,21 +72,23 @@ def sample(buffer: Prioritised, key: jax.Array, n: int, *, beta: jax.Array | flo
     total = buffer.tree[1]
     places = (jnp.arange(n) + jax.random.uniform(key, (n,))) / n * total
     index = _find(buffer.tree, places)
-    leaves = buffer.tree.shape[0] // 2
-    probability = buffer.tree[leaves + index] / total
+    probability = priorities(buffer, index) / total
     weights = (buffer.ring.size * streams * probability) ** -jnp.asarray(beta, jnp.float32)
     return Sample(rings.take_sequences(buffer.ring, index, length=length), weights / weights.max(), index)
 
 
-def update(buffer: Prioritised, index: jax.Array, priorities: jax.Array) -> Prioritised:
-    """Gives the items at `index` [n] new priorities [n], positive: usually (|TD error| + epsilon)^alpha.
+def priorities(buffer: Prioritised, index: jax.Array) -> jax.Array:
+    """The priorities [n] of the items at `index` [n]."""
+    return buffer.tree[buffer.tree.shape[0] // 2 + index]
+
+
+def update(buffer: Prioritised, index: jax.Array, values: jax.Array) -> Prioritised:
+    """Gives the items at `index` [n] the priorities `values` [n], positive: usually (|TD error| + epsilon)^alpha.
 
     Where an index comes twice, one of its priorities is taken.
     """
-    priorities = jnp.asarray(priorities, jnp.float32)
-    return buffer._replace(
-        tree=_write(buffer.tree, index, priorities), largest=jnp.maximum(buffer.largest, priorities.max())
-    )
+    values = jnp.asarray(values, jnp.float32)
+    return buffer._replace(tree=_write(buffer.tree, index, values), largest=jnp.maximum(buffer.largest, values.max()))
 
 
 def _write(tree: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:

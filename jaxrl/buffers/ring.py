@@ -56,6 +56,12 @@ def add(ring: Ring, items: Any) -> Ring:
     return Ring(jax.tree.map(write, ring.items, items), (ring.cursor + 1) % slots, jnp.minimum(ring.size + 1, slots))
 
 
+def extend(ring: Ring, items: Any) -> Ring:
+    """Adds T moments one after the other: leaves [T, streams, ...]."""
+    ring, _ = jax.lax.scan(lambda ring, moment: (add(ring, moment), None), ring, items)
+    return ring
+
+
 def sample(ring: Ring, key: jax.Array, n: int) -> Any:
     """`n` items, uniform and with replacement; leaves [n, ...].
 
@@ -82,11 +88,10 @@ def sample_sequences(ring: Ring, key: jax.Array, n: int, *, length: int) -> Any:
     slots, streams = shape(ring)
     if not 1 <= length <= slots:
         raise ValueError(f"sequences of length {length} were asked of a ring of {slots} slots; expected 1 to {slots}")
-    time_key, stream_key = jax.random.split(key)
-    age = jax.random.randint(time_key, (n,), 0, jnp.maximum(ring.size - length + 1, 1))
-    stream = jax.random.randint(stream_key, (n,), 0, streams)
-    oldest = jnp.where(ring.size == slots, ring.cursor, 0)
-    return take_sequences(ring, (oldest + age) % slots * streams + stream, length=length)
+    starts = jnp.maximum(ring.size - length + 1, 1) * streams
+    oldest = jnp.where(ring.size == slots, ring.cursor, 0) * streams
+    after_oldest = jax.random.randint(key, (n,), 0, starts)
+    return take_sequences(ring, (oldest + after_oldest) % (slots * streams), length=length)
 
 
 def take(ring: Ring, index: jax.Array) -> Any:

@@ -1,0 +1,318 @@
+"""What the agents with replay share: act, remember, draw minibatches, learn; everything but what is learnt.
+
+A step of such an agent is `rounds` rounds in one scan. A round takes `steps` steps in each of `envs` environments, then
+makes `updates` updates on minibatches of `batch` transitions drawn from the last `capacity`. Before `warmup`
+environment steps it acts uniformly at random and learns nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl.agents import interact
+from jaxrl.agents.agent import Agent
+from jaxrl.buffers import prioritised, ring
+from jaxrl.envs.env import Env
+
+
+class Config(Protocol):
+    """What `make` reads of an agent's config."""
+
+    @property
+    def envs(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def updates(self) -> int: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def capacity(self) -> int: ...
+    @property
+    def warmup(self) -> int: ...
+    @property
+    def rounds(self) -> int: ...
+    @property
+    def discount(self) -> Any: ...
+
+
+class Priorities(NamedTuple):
+    """Of prioritised replay: (|TD error| + eps)^alpha, weights to the power of beta, n-step sequences of `length`."""
+
+    alpha: Any
+    beta: Any
+    eps: float = 1e-6
+
+
+class Transition(NamedTuple):
+    """What is remembered of a step; `successor` is the true one, before any reset."""
+
+    observation: Any
+    action: jax.Array
+    reward: jax.Array
+    terminated: jax.Array
+    truncated: jax.Array
+    successor: Any
+
+
+class Batch(NamedTuple):
+    """What is learnt from, [U, B, ...] for U updates: reward + discount v(successor) is the target.
+
+    `reward` may be the discounted sum of several, `discount` the matching power, zero where the episode terminated.
+    `weights`: of each loss, 1 unless replay is prioritised.
+    """
+
+    observation: Any
+    action: jax.Array
+    reward: jax.Array
+    discount: jax.Array
+    successor: Any
+    weights: jax.Array
+
+
+class Learnt(NamedTuple):
+    """What learning changes. `params`, `target` and `optimizer` are the agent's own; `updates`: int32, made so far."""
+
+    params: Any
+    target: Any
+    optimizer: Any
+    updates: jax.Array
+
+
+class Learner(NamedTuple):
+    """What one agent with replay is beside another.
+
+    `init`: `(key) -> Learnt`.
+    `explore`: `(params, observation [N, ...], key, env_steps) -> (action [N, ...], stored [N, ...])`: the action for
+    the environments, and the form of it that is remembered. `uniform`: the same before the warm-up's end.
+    `learn`: `(learnt, batch [U, B, ...], key, env_steps before the round, after it) -> (learnt, TD errors [U, B],
+    metrics)`.
+    `act`: as `Agent.act`.
+    """
+
+    init: Callable
+    explore: Callable
+    uniform: Callable
+    learn: Callable
+    act: Callable
+
+
+class State(NamedTuple):
+    """All there is of a run with replay.
+
+    `step`: int32, steps done. `key`: never changes; every use folds in the step, the round and a purpose.
+    `learnt`: parameters, targets, optimizer. `interaction`: where the environments stand. `buffer`: a `Ring` or
+    `Prioritised`.
+    """
+
+    step: jax.Array
+    key: jax.Array
+    learnt: Learnt
+    interaction: interact.Interaction
+    buffer: Any
+
+    @property
+    def params(self) -> Any:
+        """What `act` takes."""
+        return self.learnt.params
+
+
+def make(env: Env, learner: Learner, config: Config, *, n_step: int = 1, priorities: Priorities | None = None) -> Agent:
+    """An agent from its learner.
+
+    Args:
+      env: one environment with its time limit.
+      learner: see `Learner`.
+      config: sizes of a round and of the memory.
+      n_step: rewards in a target.
+      priorities: None for uniform replay. Priorities change once a round, after its updates.
+
+    Raises:
+      ValueError: sizes that do not fit each other, or an environment with action masks.
+    """
+    slots = config.capacity // config.envs
+    _check(env, config, n_step, slots)
+    per_round = config.envs * config.steps
+    draws = config.updates * config.batch
+
+    def init(key: jax.Array) -> State:
+        purposes = [jax.random.fold_in(jax.random.fold_in(key, 0), purpose) for purpose in (0, 1)]
+        learnt = learner.init(purposes[0])
+        interaction = interact.begin(env, purposes[1], config.envs)
+        _, stored = jax.eval_shape(learner.uniform, learnt.params, interaction.observation, key, 0)
+        one = jax.tree.map(lambda x: x[0], interaction.observation)
+        flag = jnp.zeros((), bool)
+        item = Transition(one, jax.ShapeDtypeStruct(stored.shape[1:], stored.dtype), jnp.zeros(()), flag, flag, one)
+        kind = ring if priorities is None else prioritised
+        buffer = kind.init(item, slots=slots, streams=config.envs)
+        return State(jnp.int32(0), key, learnt, interaction, buffer)
+
+    def remember(buffer, items):
+        if priorities is None:
+            return ring.extend(buffer, items)
+        add = lambda buffer, moment: (prioritised.add(buffer, moment, length=n_step), None)
+        return jax.lax.scan(add, buffer, items)[0]
+
+    def draw(buffer, key) -> tuple[Batch, jax.Array]:
+        if priorities is None:
+            items = ring.sample_sequences(buffer, key, draws, length=n_step)
+            weights, index = jnp.ones(draws), jnp.zeros(draws, jnp.int32)
+        else:
+            items, weights, index = prioritised.sample(buffer, key, draws, beta=priorities.beta, length=n_step)
+        collapse = jax.vmap(lambda sequence: n_step_transition(sequence, discount=config.discount))
+        batch = Batch(*collapse(items), weights)
+        return jax.tree.map(lambda x: x.reshape(config.updates, config.batch, *x.shape[1:]), batch), index
+
+    def one_round(carry, now):
+        learnt, interaction, buffer = carry
+        key, before = now
+        act_key, env_key, draw_key, learn_key = jax.random.split(key, 4)
+
+        def act(observation, mask, memory, key):
+            choices = [
+                lambda: learner.uniform(learnt.params, observation, key, before),
+                lambda: learner.explore(learnt.params, observation, key, before),
+            ]
+            action, stored = jax.lax.cond(before < config.warmup, *choices)
+            return action, memory, stored
+
+        interaction, trajectory = interact.collect(
+            env, act, interaction, env_key, steps=config.steps, noise=jax.random.split(act_key, config.steps)
+        )
+        buffer = remember(buffer, _transitions(trajectory))
+        after = before + per_round
+        batch, index = draw(buffer, draw_key)
+
+        def learn():
+            return learner.learn(learnt, batch, learn_key, before, after)
+
+        shapes = jax.eval_shape(learn)
+
+        def skip():
+            nothing = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+            return learnt, nothing(shapes[1]), nothing(shapes[2])
+
+        learning = after >= config.warmup
+        learnt, errors, metrics = jax.lax.cond(learning, learn, skip)
+        if priorities is not None:
+            new = (jnp.abs(errors.reshape(-1)) + priorities.eps) ** jnp.asarray(priorities.alpha)
+            buffer = prioritised.update(buffer, index, jnp.where(learning, new, prioritised.priorities(buffer, index)))
+        return (learnt, interaction, buffer), (_ends(trajectory), learning, metrics)
+
+    def step(state: State, data: Any = None) -> tuple[State, dict[str, jax.Array]]:
+        keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step), config.rounds)
+        before = (state.step * config.rounds + jnp.arange(config.rounds)) * per_round
+        carry = (state.learnt, state.interaction, state.buffer)
+        carry, (ends, learning, metrics) = jax.lax.scan(one_round, carry, (keys, before))
+        learnt, interaction, buffer = carry
+        mean = lambda x: jnp.where(learning, x, 0.0).sum() / learning.sum(dtype=jnp.float32)
+        metrics = interact.episodes(ends) | jax.tree.map(mean, metrics)
+        return State(state.step + 1, state.key, learnt, interaction, buffer), metrics
+
+    return Agent(init, step, learner.act, lambda: (), per_round * config.rounds)
+
+
+def n_step_transition(
+    sequence: Transition, *, discount: jax.Array | float
+) -> tuple[Any, jax.Array, jax.Array, jax.Array, Any]:
+    """One transition from L consecutive ones: as many rewards as the episode gave, then a bootstrap.
+
+        R = r_1 + g r_2 + ... + g^(k-1) r_k,     discount = g^k, or 0 if step k terminated
+
+    with k = L, or the step that ended the episode. A truncated episode bootstraps from its true last observation.
+
+    Args:
+      sequence: leaves [L, ...].
+      discount: g.
+
+    Returns:
+      observation, action, R [], discount [], successor: the fields of a `Batch` up to its weights.
+    """
+    length = sequence.reward.shape[0]
+    going = jnp.cumprod(1.0 - (sequence.terminated | sequence.truncated))
+    counts = jnp.concatenate([jnp.ones(1), going[:-1]])
+    last = counts.sum(dtype=jnp.int32) - 1
+    powers = jnp.asarray(discount, jnp.float32) ** jnp.arange(length)
+    at = lambda x: x[0] if length == 1 else jax.lax.dynamic_index_in_dim(x, last, keepdims=False)
+    first = jax.tree.map(lambda x: x[0], (sequence.observation, sequence.action))
+    bootstrap = jnp.where(at(sequence.terminated), 0.0, at(powers) * discount)
+    return *first, jnp.sum(powers * counts * sequence.reward), bootstrap, jax.tree.map(at, sequence.successor)
+
+
+def over_minibatches(update: Callable, learnt: Learnt, batch: Any, key: jax.Array) -> tuple[Learnt, Any, Any]:
+    """Scans `update`: `(learnt, batch [B, ...], key) -> (learnt, TD errors [B], metrics)` over [U, B, ...].
+
+    Returns:
+      learnt, TD errors [U, B], and metrics meant over the updates.
+    """
+
+    def one(learnt, now):
+        learnt, errors, metrics = update(learnt, *now)
+        return learnt, (errors, metrics)
+
+    updates = jax.tree.leaves(batch)[0].shape[0]
+    learnt, (errors, metrics) = jax.lax.scan(one, learnt, (batch, jax.random.split(key, updates)))
+    return learnt, errors, jax.tree.map(lambda x: x.mean(axis=0), metrics)
+
+
+def descend(learnt: Learnt, part: str, gradient: Any, optimizer: optax.GradientTransformation) -> Learnt:
+    """One update of `params[part]` by its own optimizer."""
+    updates, state = optimizer.update(gradient, learnt.optimizer[part], learnt.params[part])
+    params = optax.apply_updates(learnt.params[part], updates)
+    return learnt._replace(params=learnt.params | {part: params}, optimizer=learnt.optimizer | {part: state})
+
+
+def polyak(target: Any, params: Any, rate: jax.Array | float) -> Any:
+    """target + rate (params - target), leaf by leaf: 0 keeps the target, 1 copies."""
+    return jax.tree.map(lambda old, new: old + rate * (new - old), target, params)
+
+
+def crossings(before: jax.Array, after: jax.Array, every: int) -> jax.Array:
+    """How many multiples of `every` lie in (before, after]: int32.
+
+    A condition such as `steps % every == 0` would miss those that fall between two rounds.
+    """
+    return after // every - before // every
+
+
+def _transitions(trajectory: interact.Trajectory) -> Transition:
+    return Transition(
+        trajectory.observation,
+        trajectory.extras,
+        trajectory.reward,
+        trajectory.terminated,
+        trajectory.truncated,
+        trajectory.successor,
+    )
+
+
+def _ends(trajectory: interact.Trajectory) -> interact.Trajectory:
+    """Only what the metrics of episodes need."""
+    return trajectory._replace(observation=(), mask=None, action=(), reward=(), successor=(), extras=())
+
+
+def _check(env: Env, config: Config, n_step: int, slots: int) -> None:
+    sizes = {name: getattr(config, name) for name in ("envs", "steps", "updates", "batch", "rounds")} | {
+        "n_step": n_step
+    }
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} is {size}; expected at least 1")
+    if slots < n_step + config.steps:
+        raise ValueError(
+            f"capacity is {config.capacity} for {config.envs} environments, {slots} steps of each; expected at least "
+            f"{n_step + config.steps} (steps of a round + n-step length) x {config.envs}"
+        )
+    if config.warmup < n_step * config.envs:
+        raise ValueError(
+            f"warmup is {config.warmup}; expected at least {n_step * config.envs} environment steps "
+            "(n-step length x environments), that there is something to learn from"
+        )
+    if env.action_mask is not None:
+        raise ValueError(
+            f"{env.name} has action masks, which agents with replay do not heed: a successor's mask is not remembered; "
+            "use ppo or a2c"
+        )
