@@ -80,8 +80,8 @@ def grid_world(
     """Zhao's grid world (Mathematical Foundations of Reinforcement Learning, 2025), on any layout.
 
     Entering a target pays `target_reward`, a forbidden cell (which may be entered) `forbidden_reward`; staying in a
-    cell enters it again. A move off the grid leaves the agent where it is and pays `boundary_reward`. Any other step pays
-    `step_reward`. (The Python environment beside the book has other rules: forbidden cells are walls there.)
+    cell enters it again. A move off the grid leaves the agent where it is and pays `boundary_reward`. Any other step
+    pays `step_reward`. (The Python environment beside the book has other rules: forbidden cells are walls there.)
 
     Args:
       layout: where things are; `start` None means uniform over all cells but terminal ones.
