@@ -4,6 +4,9 @@ import difflib
 from collections.abc import Callable
 
 from jaxrl.envs import acrobot, bandits, cartpole, catch, masked, memory, mountain_car, pendulum, probes, tabular
+from jaxrl.envs.adapters.brax import from_brax
+from jaxrl.envs.adapters.gymnasium import from_gymnasium
+from jaxrl.envs.adapters.gymnax import from_gymnax
 from jaxrl.envs.env import Env
 from jaxrl.envs.wrappers import time_limit
 from jaxrl.tabular import gridworld
@@ -33,18 +36,31 @@ ENVS: dict[str, Callable[[], Env]] = {
 }
 """Every environment with its time limit."""
 
+ADAPTERS: dict[str, Callable[[str], Env]] = {
+    "gymnax": from_gymnax,
+    "gymnasium": from_gymnasium,
+    "brax": from_brax,
+}
+
 
 def make(name: str) -> Env:
     """The environment of that name, with its time limit.
 
+    Args:
+      name: a key of `ENVS`, or "gymnax:NAME", "gymnasium:NAME", "brax:NAME" for those of other libraries.
+
     Raises:
       ValueError: no such environment; the message names the nearest one.
     """
+    library, colon, rest = name.partition(":")
+    if colon and library in ADAPTERS:
+        return ADAPTERS[library](rest)
     if name not in ENVS:
         near = difflib.get_close_matches(name, ENVS, n=1, cutoff=0.0)[0]
         own = ", ".join(own for own in ENVS if not own.startswith("Probe-"))
         raise ValueError(
-            f"no environment {name!r}; did you mean {near!r}? There are {own}, the probes {', '.join(probes.PROBES)}"
+            f"no environment {name!r}; did you mean {near!r}? There are {own}, the probes {', '.join(probes.PROBES)}, "
+            f"and LIBRARY:NAME for {', '.join(ADAPTERS)}"
         )
     return ENVS[name]()._replace(name=name)
 

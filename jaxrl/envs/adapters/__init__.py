@@ -1,0 +1,1 @@
+"""Environments of other libraries; each file imports its library only when it is called."""
