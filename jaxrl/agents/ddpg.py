@@ -3,7 +3,7 @@
     critics:  q_k(s, a) -> r + discount min_j q'_j(s', a'),     a' = mu'(s') + smoothing noise
     actor:    theta follows dq_1/da (s, mu(s)) dmu/dtheta
 
-with q' and mu' slow copies. DDPG is one critic without smoothing noise, updated together with the actor; TD3 (`td3`) has
+with q' and mu' slow copies. DDPG is one critic without smoothing noise, updated together with the actor; `td3` has
 other values of `critics`, `actor_every` and `target_noise`. Deviations: the noise of exploration is Gaussian, not an
 Ornstein-Uhlenbeck process; the action enters the critic's first layer; no batch normalisation, no weight decay. A
 truncated episode bootstraps.
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl.agents import continuous, networks, replay
+from jaxrl.agents import continuous, replay
 from jaxrl.agents.agent import Agent
 from jaxrl.agents.replay import Batch, Learnt
 from jaxrl.envs.env import Env
@@ -61,15 +61,15 @@ class DDPGConfig:
     """Standard deviation of the noise that smooths the target's action."""
     target_noise_clip: float = 0.5
     """Largest size of that noise."""
-    sizes: tuple[int, ...] = (64, 64)
+    hidden: tuple[int, ...] = (64, 64)
     """Features of the hidden layers."""
 
 
 def make(config: DDPGConfig, env: Env) -> Agent:
     """The agent."""
     continuous.check("ddpg", env)
-    critics = continuous.critics(env, count=config.critics, sizes=config.sizes)
-    actor = continuous.deterministic_actor(env, sizes=config.sizes)
+    critics = continuous.critics(env, count=config.critics, sizes=config.hidden)
+    actor = continuous.deterministic_actor(env, sizes=config.hidden)
     optimizers = {"actor": optax.adam(config.actor_learning_rate), "critic": optax.adam(config.learning_rate)}
     dim = env.action_space.shape[0]
     mu = lambda params, observation: actor.step(params, observation, ())[0]
@@ -129,7 +129,8 @@ def make(config: DDPGConfig, env: Env) -> Agent:
     def learn(learnt, batch, key, before, after):
         return replay.over_minibatches(update, learnt, batch, key)
 
-    return replay.make(env, replay.Learner(init, explore, uniform, learn, act), config, n_step=config.n_step)
+    learner = replay.Learner(init, explore, uniform, learn, act)
+    return replay.make(env, learner, config, replay.uniform(config.n_step))
 
 
 def smoothed(action: jax.Array, noise: jax.Array, *, std: jax.Array | float, clip: jax.Array | float) -> jax.Array:

@@ -75,7 +75,7 @@ class DQNConfig:
     """Exponent of the priorities: 0 is uniform replay."""
     beta: float = 0.4
     """Exponent of the importance weights: 1 corrects fully for the priorities."""
-    sizes: tuple[int, ...] = (64, 64)
+    hidden: tuple[int, ...] = (64, 64)
     """Features of the hidden layers."""
 
 
@@ -136,9 +136,10 @@ def make(config: DQNConfig, env: Env, *, network: networks.Network | None = None
         target = replay.polyak(learnt.target, learnt.params, jnp.where(due, config.target_rate, 0.0))
         return learnt._replace(target=target), errors, metrics | {"q/epsilon": epsilon(config, before)}
 
-    priorities = replay.Priorities(config.alpha, config.beta) if config.prioritised else None
-    learner = replay.Learner(init, explore, uniform, learn, act)
-    return replay.make(env, learner, config, n_step=config.n_step, priorities=priorities)
+    memory = replay.uniform(config.n_step)
+    if config.prioritised:
+        memory = replay.proportional(config.n_step, alpha=config.alpha, beta=config.beta)
+    return replay.make(env, replay.Learner(init, explore, uniform, learn, act), config, memory)
 
 
 def td_errors(q_tm1: jax.Array, batch: Batch, q_value: jax.Array, q_selector: jax.Array) -> jax.Array:
@@ -175,7 +176,9 @@ class Dueling(nn.Module):
 
 
 def q_network(config: DQNConfig, env: Env) -> networks.Network:
-    """The default: hidden layers of `sizes` with ReLU, dueling or plain."""
+    """The default: hidden layers with ReLU, dueling or plain."""
+    assert isinstance(env.action_space, Discrete)
+    spaces = env.observation_space, env.action_space
     if not config.dueling:
-        return networks.action_values(env.observation_space, env.action_space, sizes=config.sizes, activation=nn.relu)
-    return networks.network(MLP(config.sizes, nn.relu), Dueling(env.action_space.n), env.observation_space)
+        return networks.action_values(*spaces, sizes=config.hidden, activation=nn.relu)
+    return networks.network(MLP(config.hidden, nn.relu), Dueling(env.action_space.n), env.observation_space)

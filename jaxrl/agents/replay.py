@@ -39,14 +39,6 @@ class Config(Protocol):
     def discount(self) -> Any: ...
 
 
-class Priorities(NamedTuple):
-    """Of prioritised replay: (|TD error| + eps)^alpha, weights to the power of beta, n-step sequences of `length`."""
-
-    alpha: Any
-    beta: Any
-    eps: float = 1e-6
-
-
 class Transition(NamedTuple):
     """What is remembered of a step; `successor` is the true one, before any reset."""
 
@@ -100,6 +92,51 @@ class Learner(NamedTuple):
     act: Callable
 
 
+class Memory(NamedTuple):
+    """What is remembered and how it is drawn.
+
+    `init`: `(transition, slots, streams) -> buffer`. `extend`: `(buffer, transitions [T, N, ...]) -> buffer`. `draw`:
+    `(buffer, key, n) -> (transitions [n, length, ...], weights [n], index [n])`. `update`: `(buffer, index [n], TD
+    errors [n], learning) -> buffer`, changing nothing unless `learning`. `length`: of the sequences drawn, and so the
+    rewards in a target.
+    """
+
+    init: Callable
+    extend: Callable
+    draw: Callable
+    update: Callable
+    length: int
+
+
+def uniform(length: int = 1) -> Memory:
+    """Uniform replay of sequences of `length`."""
+
+    def draw(buffer, key, n):
+        items = ring.sample_sequences(buffer, key, n, length=length)
+        return items, jnp.ones(n), jnp.zeros(n, jnp.int32)
+
+    init = lambda item, slots, streams: ring.init(item, slots=slots, streams=streams)
+    return Memory(init, ring.extend, draw, lambda buffer, index, errors, learning: buffer, length)
+
+
+def proportional(
+    length: int = 1, *, alpha: jax.Array | float = 0.6, beta: jax.Array | float = 0.4, eps: float = 1e-6
+) -> Memory:
+    """Prioritised replay: priorities (|TD error| + eps)^alpha, importance weights to the power of beta."""
+
+    def extend(buffer, items):
+        add = lambda buffer, moment: (prioritised.add(buffer, moment, length=length), None)
+        return jax.lax.scan(add, buffer, items)[0]
+
+    def update(buffer, index, errors, learning):
+        new = (jnp.abs(errors) + eps) ** jnp.asarray(alpha, jnp.float32)
+        return prioritised.update(buffer, index, jnp.where(learning, new, prioritised.priorities(buffer, index)))
+
+    init = lambda item, slots, streams: prioritised.init(item, slots=slots, streams=streams)
+    draw = lambda buffer, key, n: prioritised.sample(buffer, key, n, beta=beta, length=length)
+    return Memory(init, extend, draw, update, length)
+
+
 class State(NamedTuple):
     """All there is of a run with replay.
 
@@ -120,23 +157,21 @@ class State(NamedTuple):
         return self.learnt.params
 
 
-def make(env: Env, learner: Learner, config: Config, *, n_step: int = 1, priorities: Priorities | None = None) -> Agent:
+def make(env: Env, learner: Learner, config: Config, memory: Memory) -> Agent:
     """An agent from its learner.
 
     Args:
       env: one environment with its time limit.
       learner: see `Learner`.
       config: sizes of a round and of the memory.
-      n_step: rewards in a target.
-      priorities: None for uniform replay. Priorities change once a round, after its updates.
+      memory: `uniform` or `proportional`. Priorities change once a round, after its updates.
 
     Raises:
       ValueError: sizes that do not fit each other, or an environment with action masks.
     """
     slots = config.capacity // config.envs
-    _check(env, config, n_step, slots)
+    _check(env, config, memory.length, slots)
     per_round = config.envs * config.steps
-    draws = config.updates * config.batch
 
     def init(key: jax.Array) -> State:
         purposes = [jax.random.fold_in(jax.random.fold_in(key, 0), purpose) for purpose in (0, 1)]
@@ -145,23 +180,11 @@ def make(env: Env, learner: Learner, config: Config, *, n_step: int = 1, priorit
         _, stored = jax.eval_shape(learner.uniform, learnt.params, interaction.observation, key, 0)
         one = jax.tree.map(lambda x: x[0], interaction.observation)
         flag = jnp.zeros((), bool)
-        item = Transition(one, jax.ShapeDtypeStruct(stored.shape[1:], stored.dtype), jnp.zeros(()), flag, flag, one)
-        kind = ring if priorities is None else prioritised
-        buffer = kind.init(item, slots=slots, streams=config.envs)
-        return State(jnp.int32(0), key, learnt, interaction, buffer)
-
-    def remember(buffer, items):
-        if priorities is None:
-            return ring.extend(buffer, items)
-        add = lambda buffer, moment: (prioritised.add(buffer, moment, length=n_step), None)
-        return jax.lax.scan(add, buffer, items)[0]
+        item = Transition(one, jnp.zeros(stored.shape[1:], stored.dtype), jnp.zeros(()), flag, flag, one)
+        return State(jnp.int32(0), key, learnt, interaction, memory.init(item, slots, config.envs))
 
     def draw(buffer, key) -> tuple[Batch, jax.Array]:
-        if priorities is None:
-            items = ring.sample_sequences(buffer, key, draws, length=n_step)
-            weights, index = jnp.ones(draws), jnp.zeros(draws, jnp.int32)
-        else:
-            items, weights, index = prioritised.sample(buffer, key, draws, beta=priorities.beta, length=n_step)
+        items, weights, index = memory.draw(buffer, key, config.updates * config.batch)
         collapse = jax.vmap(lambda sequence: n_step_transition(sequence, discount=config.discount))
         batch = Batch(*collapse(items), weights)
         return jax.tree.map(lambda x: x.reshape(config.updates, config.batch, *x.shape[1:]), batch), index
@@ -171,18 +194,18 @@ def make(env: Env, learner: Learner, config: Config, *, n_step: int = 1, priorit
         key, before = now
         act_key, env_key, draw_key, learn_key = jax.random.split(key, 4)
 
-        def act(observation, mask, memory, key):
+        def act(observation, mask, _, key):
             choices = [
                 lambda: learner.uniform(learnt.params, observation, key, before),
                 lambda: learner.explore(learnt.params, observation, key, before),
             ]
             action, stored = jax.lax.cond(before < config.warmup, *choices)
-            return action, memory, stored
+            return action, (), stored
 
         interaction, trajectory = interact.collect(
             env, act, interaction, env_key, steps=config.steps, noise=jax.random.split(act_key, config.steps)
         )
-        buffer = remember(buffer, _transitions(trajectory))
+        buffer = memory.extend(buffer, _transitions(trajectory))
         after = before + per_round
         batch, index = draw(buffer, draw_key)
 
@@ -197,9 +220,7 @@ def make(env: Env, learner: Learner, config: Config, *, n_step: int = 1, priorit
 
         learning = after >= config.warmup
         learnt, errors, metrics = jax.lax.cond(learning, learn, skip)
-        if priorities is not None:
-            new = (jnp.abs(errors.reshape(-1)) + priorities.eps) ** jnp.asarray(priorities.alpha)
-            buffer = prioritised.update(buffer, index, jnp.where(learning, new, prioritised.priorities(buffer, index)))
+        buffer = memory.update(buffer, index, errors.reshape(-1), learning)
         return (learnt, interaction, buffer), (_ends(trajectory), learning, metrics)
 
     def step(state: State, data: Any = None) -> tuple[State, dict[str, jax.Array]]:
@@ -294,21 +315,21 @@ def _ends(trajectory: interact.Trajectory) -> interact.Trajectory:
     return trajectory._replace(observation=(), mask=None, action=(), reward=(), successor=(), extras=())
 
 
-def _check(env: Env, config: Config, n_step: int, slots: int) -> None:
+def _check(env: Env, config: Config, length: int, slots: int) -> None:
     sizes = {name: getattr(config, name) for name in ("envs", "steps", "updates", "batch", "rounds")} | {
-        "n_step": n_step
+        "n_step": length
     }
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} is {size}; expected at least 1")
-    if slots < n_step + config.steps:
+    if slots < length + config.steps:
         raise ValueError(
             f"capacity is {config.capacity} for {config.envs} environments, {slots} steps of each; expected at least "
-            f"{n_step + config.steps} (steps of a round + n-step length) x {config.envs}"
+            f"{length + config.steps} (steps of a round + n-step length) x {config.envs}"
         )
-    if config.warmup < n_step * config.envs:
+    if config.warmup < length * config.envs:
         raise ValueError(
-            f"warmup is {config.warmup}; expected at least {n_step * config.envs} environment steps "
+            f"warmup is {config.warmup}; expected at least {length * config.envs} environment steps "
             "(n-step length x environments), that there is something to learn from"
         )
     if env.action_mask is not None:

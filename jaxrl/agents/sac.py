@@ -65,7 +65,7 @@ class SACConfig:
     """Reward that a nat of entropy is worth in the beginning."""
     target_entropy: float | None = None
     """Entropy in nats below which the temperature rises; None: -dim, or 0.7 log A for A discrete actions."""
-    sizes: tuple[int, ...] = (64, 64)
+    hidden: tuple[int, ...] = (64, 64)
     """Features of the hidden layers."""
 
 
@@ -154,7 +154,8 @@ def make(config: SACConfig, env: Env) -> Agent:
     def learn(learnt, batch, key, before, after):
         return replay.over_minibatches(update, learnt, batch, key)
 
-    return replay.make(env, replay.Learner(init, explore, uniform, learn, act), config, n_step=config.n_step)
+    learner = replay.Learner(init, explore, uniform, learn, act)
+    return replay.make(env, learner, config, replay.uniform(config.n_step))
 
 
 def gaussian(config: SACConfig, env: Env) -> Soft:
@@ -163,7 +164,7 @@ def gaussian(config: SACConfig, env: Env) -> Soft:
     dim = env.action_space.shape[0]
     head = heads.Gaussian(dim, state_dependent=True, bounds=(-5.0, 2.0))
     output = lambda parameters: TanhGaussian(*parameters)
-    critics = continuous.critics(env, count=config.critics, sizes=config.sizes)
+    critics = continuous.critics(env, count=config.critics, sizes=config.hidden)
 
     def value(params, distribution, observation, key, temperature):
         u = distribution.sample(distribution.noise(key, distribution.mean.shape))
@@ -172,7 +173,7 @@ def gaussian(config: SACConfig, env: Env) -> Soft:
         return soft_value(q, log_prob, temperature), -log_prob
 
     return Soft(
-        actor=networks.network(MLP(config.sizes, nn.relu), head, env.observation_space, output=output),
+        actor=networks.network(MLP(config.hidden, nn.relu), head, env.observation_space, output=output),
         init=critics.init,
         q=critics.apply,
         value=value,
@@ -189,7 +190,7 @@ def discrete(config: SACConfig, env: Env) -> Soft:
     assert isinstance(env.action_space, Discrete)
     actions = env.action_space.n
     spaces = env.observation_space, env.action_space
-    critic = networks.action_values(*spaces, sizes=config.sizes, activation=nn.relu)
+    critic = networks.action_values(*spaces, sizes=config.hidden, activation=nn.relu)
     values = jax.vmap(lambda params, observation: critic.step(params, observation, ())[0], in_axes=(0, None))
 
     def q(params, observation, action):
@@ -201,7 +202,7 @@ def discrete(config: SACConfig, env: Env) -> Soft:
         return expected_soft_value(q, jax.nn.log_softmax(distribution.logits), temperature), distribution.entropy()
 
     return Soft(
-        actor=networks.actor(*spaces, sizes=config.sizes, activation=nn.relu),
+        actor=networks.actor(*spaces, sizes=config.hidden, activation=nn.relu),
         init=lambda key: jax.vmap(critic.init)(jax.random.split(key, config.critics)),
         q=q,
         value=value,
