@@ -5,6 +5,7 @@ import importlib
 import jax
 import jax.numpy as jnp
 
+from jaxrl.envs.adapters.convert import settle
 from jaxrl.envs.env import Box, Env, TimeStep
 from jaxrl.envs.wrappers import time_limit
 
@@ -36,18 +37,13 @@ def from_brax(name: str, *, episode_length: int = 1000, **options) -> Env:
 
     def reset(key):
         state = inner.reset(key)
-        return settle(state), jnp.asarray(state.obs, jnp.float32)
-
-    def settle(state):
-        return jax.tree.map(
-            lambda leaf, kind: leaf if leaf.dtype == kind.dtype else leaf.astype(kind.dtype), state, kinds
-        )
+        return settle(state, kinds), jnp.asarray(state.obs, jnp.float32)
 
     def step(key, state, action):
         after = inner.step(state, action)
         observation = jnp.asarray(after.obs, jnp.float32)
         reward, never = jnp.asarray(after.reward, jnp.float32), jnp.zeros((), bool)
-        return settle(after), TimeStep(observation, reward, after.done.astype(bool), never, observation)
+        return settle(after, kinds), TimeStep(observation, reward, after.done.astype(bool), never, observation)
 
     kinds = jax.eval_shape(inner.reset, jax.random.key(0))
     space = Box(-jnp.inf, jnp.inf, (inner.observation_size,))

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl.envs.adapters.gymnax import space_of
+from jaxrl.envs.adapters.convert import space_of
 from jaxrl.envs.env import Discrete, Env, TimeStep
 
 SPARE = 64

@@ -4,9 +4,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxrl.envs.env import Box, Discrete, Env, Space, TimeStep
+from jaxrl.envs.adapters.convert import settle, space_of
+from jaxrl.envs.env import Env, TimeStep
 
 
 def from_gymnax(name: str, *, params: Any = None, **options) -> Env:
@@ -39,15 +39,12 @@ def from_gymnax(name: str, *, params: Any = None, **options) -> Env:
     observations = space_of(inner.observation_space(params))
     actions = space_of(inner.action_space(params))
 
-    def settle(state):
-        return jax.tree.map(lambda leaf, kind: jnp.asarray(leaf, kind.dtype), state, kinds)
-
     def observe(observation):
         return jnp.asarray(observation, observations.dtype).reshape(observations.shape)
 
     def reset(key):
         observation, state = inner.reset_env(key, params)
-        return settle(state), observe(observation)
+        return settle(state, kinds), observe(observation)
 
     def step(key, state, action):
         observation, after, reward, terminated, _ = inner.step_env(key, state, action, params)
@@ -58,32 +55,7 @@ def from_gymnax(name: str, *, params: Any = None, **options) -> Env:
             jnp.asarray(inner.is_truncated(after, params), bool).reshape(()),
             observe(observation),
         )
-        return settle(after), timestep
+        return settle(after, kinds), timestep
 
     _, kinds = jax.eval_shape(inner.reset_env, jax.random.key(0), params)
     return Env(f"gymnax:{name}", reset, step, observations, actions)
-
-
-def space_of(space: Any) -> Space:
-    """Our space for one of gymnax or Gymnasium, told by its attributes."""
-    if hasattr(space, "n") and space.shape == ():
-        return Discrete(int(space.n))
-    if hasattr(space, "low") and hasattr(space, "high"):
-        shape = tuple(space.shape)
-        kind = np.dtype(space.dtype)
-        dtype = jnp.float32 if kind.kind == "f" else jnp.dtype(jax.dtypes.canonicalize_dtype(kind))
-        low, high = (_bound(bound, shape) for bound in (space.low, space.high))
-        return Box(low, high, shape, dtype)
-    raise ValueError(f"{space} is neither Discrete nor Box; flatten it first (gymnasium.wrappers.FlattenObservation)")
-
-
-def _bound(bound, shape):
-    """One number where all are the same, else nested tuples, so that spaces can be compared."""
-    values = np.broadcast_to(np.asarray(bound, np.float64), shape)
-    if values.size and (values == values.flat[0]).all():
-        return float(values.flat[0])
-    return _tuples(values.tolist())
-
-
-def _tuples(values):
-    return tuple(_tuples(v) for v in values) if isinstance(values, list) else values
