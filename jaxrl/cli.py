@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import sys
@@ -19,7 +20,7 @@ Folder = Annotated[str, Positional]
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-    """Greedy exact-answer accuracy of a run's model."""
+    """Greedy exact-answer accuracy of a run's model, or greedy returns of an agent's run."""
 
     run: Folder
     """Run folder, such as runs/demo."""
@@ -27,6 +28,8 @@ class Eval:
     """JSONL with prompt and answer; empty takes the run's own held-out problems."""
     batch: int = 512
     """Problems decoded at once."""
+    episodes: int = 100
+    """Greedy episodes of each member, for an agent's run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +68,26 @@ class Chat:
 
 
 @dataclasses.dataclass(frozen=True)
+class Film:
+    """One greedy episode of an agent's run as moving pictures."""
+
+    run: Folder
+    """Run folder, such as runs/ppo-CartPole-v1."""
+    out: str = ""
+    """A .gif, or a .png for a strip of pictures; empty writes film.gif into the run folder."""
+    member: int = 0
+    """Which member of the run, from 0."""
+    steps: int = 500
+    """Pictures at most."""
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Envs:
+    """The environments and what they observe and take."""
+
+
+@dataclasses.dataclass(frozen=True)
 class DataShow:
     """One tokenised example with its loss mask and EOS marked."""
 
@@ -91,18 +114,55 @@ def demo(argv: Sequence[str]) -> None:
 
 
 def train_sft(argv: Sequence[str]) -> None:
+    from jaxrl import runs
     from jaxrl.posttrain import recipes
 
-    _train("sft", recipes.SFTRun, recipes.train_sft, argv)
+    _train("sft", recipes.SFTRun, recipes.train_sft, argv, next_steps=runs.next_steps)
 
 
 def train_grpo(argv: Sequence[str]) -> None:
+    from jaxrl import runs
     from jaxrl.posttrain import recipes
 
-    _train("grpo", recipes.GRPORun, recipes.train_grpo, argv)
+    _train("grpo", recipes.GRPORun, recipes.train_grpo, argv, next_steps=runs.next_steps)
 
 
-def _train(kind: str, options: Any, train: Callable, argv: Sequence[str]) -> None:
+def train_agent(name: str, argv: Sequence[str], *, prog: str = "", **changes) -> None:
+    """`jaxrl train AGENT`: the defaults are those tuned for the environment that the flags name."""
+    from jaxrl.agents import training
+
+    options = dataclasses.replace(training.options(name, _value(argv, "--env") or training.AgentRun.env), **changes)
+    train = lambda run, resume: training.train(name, run, resume=resume)
+    outcome = _train(name, options, train, argv, next_steps=training.next_steps, prog=prog)
+    if len(outcome.summary["members"]) > 1:
+        _table_of_groups(outcome.summary)
+
+
+def sweep(argv: Sequence[str]) -> None:
+    """`jaxrl sweep AGENT --grid ...`: `jaxrl train AGENT` with five seeds of every combination."""
+    named = bool(argv) and not argv[0].startswith("-")
+    name = argv[0] if named else "ppo"
+    if name not in AGENTS or not (named or {"-h", "--help"} & set(argv)):
+        near = difflib.get_close_matches(name, AGENTS, n=1, cutoff=0.0)[0]
+        given = f"no agent {name!r}; did you mean {near!r}?" if named else "no agent given;"
+        raise ValueError(f"{given} expected jaxrl sweep AGENT --grid learning_rate=1e-3,3e-4 with {', '.join(AGENTS)}")
+    train_agent(name, argv[1:] if named else argv, prog=f"jaxrl sweep {name}", seeds=5)
+
+
+def _table_of_groups(summary: dict[str, Any]) -> None:
+    from jaxrl.display import Display
+
+    rows = [
+        (group["group"], str(group["seeds"]), f"{group['mean']:.4g}", f"{group['low']:.4g} .. {group['high']:.4g}")
+        for group in sorted(summary["groups"], key=lambda group: -group["mean"])
+    ]
+    title = f"greedy return after {summary['env_steps']:,} environment steps"
+    Display().table(title, ("members", "seeds", "mean", "95 % interval"), rows)
+
+
+def _train(
+    kind: str, options: Any, train: Callable, argv: Sequence[str], *, next_steps: Callable, prog: str = ""
+) -> Any:
     """Parses, trains and says what comes next. `--resume FOLDER` takes its config from the folder; flags override."""
     from jaxrl import runs
 
@@ -114,17 +174,51 @@ def _train(kind: str, options: Any, train: Callable, argv: Sequence[str]) -> Non
             raise ValueError(f"{folder} is a run of {saved}; resume it with: jaxrl train {saved} --resume {folder}")
         default = dataclasses.replace(config.from_json(options, values, source=f"{folder}/{runs.CONFIG}"), out=folder)
     usage = f"{options.__doc__}\n\n--resume FOLDER continues a run from its newest intact checkpoint."
-    run = config.parse(default, flags, prog=f"jaxrl train {kind}", description=usage)
+    run = config.parse(default, flags, prog=prog or f"jaxrl train {kind}", description=usage)
     outcome = train(run, resume=folder is not None)
-    print("\n" + runs.next_steps(outcome.folder))
+    print("\n" + next_steps(outcome.folder))
+    return outcome
 
 
 def evaluate(argv: Sequence[str]) -> None:
+    from jaxrl import runs
     from jaxrl.posttrain import talk
 
     options = config.parse(Eval, argv, prog="jaxrl eval")
+    if runs.read_config(options.run)[0] in AGENTS:
+        return _evaluate_agent(options)
     result = talk.evaluate(options.run, data=options.data, batch=options.batch)
     print(f"accuracy {result.accuracy:.4f}  ({result.correct} of {result.problems} problems, greedy)")
+
+
+def _evaluate_agent(options: Eval) -> None:
+    from jaxrl.agents import training
+
+    for member, returns in training.evaluate(options.run, episodes=options.episodes):
+        name = ", ".join(f"{field} {value:g}" for field, value in member.items())
+        print(f"{name}: return {returns.mean():.4g} +- {returns.std():.4g}  ({len(returns)} greedy episodes)")
+
+
+def film(argv: Sequence[str]) -> None:
+    from jaxrl.agents import training
+
+    options = config.parse(Film, argv, prog="jaxrl film")
+    path = options.out or f"{options.run}/film.gif"
+    print(training.make_film(options.run, path, member=options.member, seed=options.seed, steps=options.steps))
+
+
+def list_envs(argv: Sequence[str]) -> None:
+    config.parse(Envs, argv, prog="jaxrl envs")
+    from jaxrl import envs
+
+    made = {name: envs.make(name) for name in envs.ENVS}
+    width = max(map(len, made))
+    for name, env in made.items():
+        print(f"{name:<{width}}  {_space(env.observation_space):<12} -> {_space(env.action_space)}")
+
+
+def _space(space: Any) -> str:
+    return f"{space.n} values" if hasattr(space, "n") else f"box {list(space.shape)}"
 
 
 def generate(argv: Sequence[str]) -> None:
@@ -173,13 +267,22 @@ def env(argv: Sequence[str]) -> None:
         print(json.dumps(runs.environment(), indent=2))
 
 
+AGENTS = {
+    "ppo": "proximal policy optimisation",
+}
+"""The agents of `jaxrl.agents.catalogue`, repeated here so that help does not wait for JAX."""
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "demo": (demo, "post-train a small model with GRPO, from nothing, in minutes"),
     "train grpo": (train_grpo, "GRPO and its family on prompts with verifiable answers"),
     "train sft": (train_sft, "supervised fine-tuning"),
-    "eval": (evaluate, "greedy accuracy of a run's model"),
+    **{f"train {name}": (functools.partial(train_agent, name), text) for name, text in AGENTS.items()},
+    "sweep": (sweep, "an agent over seeds and hyper-parameters, in one program"),
+    "eval": (evaluate, "greedy accuracy of a run's model, or greedy returns of an agent"),
     "generate": (generate, "sample completions from a run's model"),
     "chat": (chat, "talk to a run's model"),
+    "film": (film, "an episode of an agent as GIF or PNG"),
+    "envs": (list_envs, "the environments"),
     "data show": (data_show, "one tokenised example with its loss mask"),
     "env": (env, "versions and devices, for bug reports"),
 }
@@ -234,12 +337,26 @@ def _usage() -> str:
     )
 
 
+_TAKES = {"--resume": "a run folder", "--env": "an environment", "--grid": "values"}
+
+
+def _value(argv: Sequence[str], flag: str) -> str | None:
+    """What follows `flag` in the arguments, or in the run folder that `--resume` names."""
+    from jaxrl import runs
+
+    given = _take(list(argv), flag)[0]
+    folder = _take(list(argv), "--resume")[0]
+    if given is None and folder is not None:
+        given = runs.read_config(folder)[1].get(flag.removeprefix("--"))
+    return given
+
+
 def _take(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
     """Takes `flag VALUE` (or `flag=VALUE`) out of the arguments."""
     for index, word in enumerate(argv):
         if word == flag:
             if index + 1 == len(argv):
-                raise ValueError(f"{flag} takes a run folder, got nothing after it")
+                raise ValueError(f"{flag} takes {_TAKES[flag]}, got nothing after it")
             return argv[index + 1], argv[:index] + argv[index + 2 :]
         if word.startswith(flag + "="):
             return word.removeprefix(flag + "="), argv[:index] + argv[index + 1 :]

@@ -14,6 +14,8 @@ SHORT = {
     "reward/mean": "reward",
     "eval/accuracy": "accuracy",
     "eval/reward": "held-out reward",
+    "episode/return": "return",
+    "eval/return": "greedy return",
     "policy/entropy": "entropy",
     "completion/length": "length",
     "policy/kl": "KL",
@@ -54,10 +56,9 @@ class Display:
         self._task = self._progress.add_task(name, total=steps, completed=done, rate="compiling", line="")
         self.note(f"{name}: {steps - done} steps to go, compiling" if done else f"{name}: {steps} steps, compiling")
 
-    def update(self, step: int, metrics: Mapping[str, float], *, tokens_per_second: float) -> None:
-        """Shows where the stage stands."""
+    def update(self, step: int, metrics: Mapping[str, float], *, rate: str) -> None:
+        """Shows where the stage stands; `rate` as in "3,000 tokens/s"."""
         if self._task is not None:
-            rate = f"{tokens_per_second:,.0f} tokens/s"
             self._progress.update(self._task, completed=step, rate=rate, line=metrics_line(metrics))
 
     def note(self, text: str | Text) -> None:

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 GLOSSARY = {
     "reward/mean": "mean reward of the step's completions",
@@ -24,6 +25,16 @@ GLOSSARY = {
     "train/target_probability": "mean probability of the token to be learnt",
     "eval/accuracy": "fraction of held-out problems answered exactly, greedy decoding",
     "eval/reward": "mean Python reward on the held-out problems, greedy decoding",
+    "episode/return": "mean return of the episodes that ended while acting to learn, exploration included",
+    "episode/length": "mean length of those episodes, steps",
+    "episode/count": "episodes that ended in an update",
+    "eval/return": "mean return of greedy episodes, over all members",
+    "eval/returns": "the same for each member",
+    "eval/length": "mean length of greedy episodes, steps",
+    "policy/loss": "surrogate loss of the policy",
+    "policy/clip": "fraction of steps whose ratio was clipped",
+    "value/loss": "half the mean squared error of the critic",
+    "throughput/env_steps_per_second": "environment steps of all members over the time of a round, compilation apart",
     "throughput/tokens": "tokens trained on in the step",
     "throughput/tokens_per_second": "the same over the time of the chunk, compilation apart",
     "time/elapsed": "seconds since the run began, earlier parts of a resumed run included",
@@ -42,8 +53,8 @@ class MetricsLog:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         temporary.replace(self.path)
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends one line; a number that JSON cannot hold is written as null."""
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Appends one line of numbers and lists of numbers; one that JSON cannot hold is written as null."""
         row = {"step": step, **{name: _plain(value) for name, value in metrics.items()}}
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -60,6 +71,8 @@ def read(path: str | os.PathLike) -> Iterator[dict]:
                 raise ValueError(f"{path}:{number}: not a JSON object: {line[:80]!r}") from None
 
 
-def _plain(value) -> float | None:
+def _plain(value) -> Any:
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
     value = float(value)
     return value if math.isfinite(value) else None

@@ -369,7 +369,7 @@ def _drive(
                 rate = sum(row["throughput/tokens"] for row in progress.metrics) / max(progress.seconds, 1e-9)
                 for number, row in enumerate(progress.metrics, first + 1):
                     log.write(number, {**row, "throughput/tokens_per_second": rate, "time/elapsed": elapsed()})
-                view.update(done, last, tokens_per_second=rate)
+                view.update(done, last, rate=f"{rate:,.0f} tokens/s")
                 if _crossed(first, done, run.eval_every):
                     evaluate(done, last)
                 due = _crossed(first, done, run.save_every) or done == run.steps or reached()

@@ -84,8 +84,8 @@ def behaviour_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
 def categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
     """One draw from softmax(logits) for each row, by inversion of its distribution function in two levels.
 
-    One uniform number a row, where `jax.random.categorical` takes one for every entry: on CPU a quarter of its time at a
-    vocabulary of 2048. The uniform has 23 bits, so probabilities below 1e-7 are not resolved.
+    One uniform number a row, where `jax.random.categorical` takes one for every entry: on CPU a quarter of its time at
+    a vocabulary of 2048. The uniform has 23 bits, so probabilities below 1e-7 are not resolved.
 
     Args:
       key: consumed.

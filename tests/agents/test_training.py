@@ -1,0 +1,151 @@
+"""Runs of agents from config to folder: members, rounds, resumption, films, and what is refused."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrl import cli, envs, metrics
+from jaxrl.agents import catalogue, film, population, ppo, training
+
+SMALL = ppo.PPOConfig(envs=2, steps=8, epochs=1, minibatches=1, hidden=(8,))
+
+
+def small(out, **changes):
+    run = dataclasses.replace(training.options("ppo", "CartPole-v1"), agent=SMALL, out=str(out))
+    return dataclasses.replace(run, **{"env_steps": 64, "points": 2, "episodes": 2, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "grid"
+    run = small(folder, grid=("learning-rate=1e-3,0.01",), seeds=2, seed=5)
+    return training.train("ppo", run)
+
+
+def test_members_are_every_combination(finished):
+    rows = [(m["learning_rate"], m["seed"]) for m in finished.summary["members"]]
+    assert rows == [(0.001, 5), (0.001, 6), (0.01, 5), (0.01, 6)]
+    assert [group["group"] for group in finished.summary["groups"]] == ["learning_rate=0.001", "learning_rate=0.01"]
+    assert int(finished.members.step) == 2 and finished.summary["env_steps"] == 64
+
+
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_a_member_is_the_agent_that_would_be_trained_alone(finished, side_by_side):
+    env = envs.make("CartPole-v1")
+    members = population.combinations({"learning_rate": [1e-3, 0.01]}, [5, 6])
+    people = population.make(ppo.make, SMALL, env, members, updates=2, side_by_side=side_by_side)
+    state, _ = jax.jit(people.round)(jax.jit(people.init)())
+    alone = ppo.make(dataclasses.replace(SMALL, learning_rate=0.01), env)
+    own = jax.jit(lambda key: alone.step(alone.step(alone.init(key))[0])[0])(jax.random.key(6))
+    for a, b in zip(jax.tree.leaves(state.agents.params), jax.tree.leaves(own.params), strict=True):
+        np.testing.assert_allclose(a[3], b, atol=2e-6)
+
+
+def test_the_log_has_a_row_for_each_round(finished):
+    rows = list(metrics.read(finished.folder / "metrics.jsonl"))
+    assert [row["step"] for row in rows] == [32, 64]
+    assert all(len(row["eval/returns"]) == 4 for row in rows)
+    assert np.mean(rows[-1]["eval/returns"]) == pytest.approx(rows[-1]["eval/return"])
+    assert set(rows[-1]) - {"step"} <= set(metrics.GLOSSARY)
+    assert (finished.folder / "curves.png").stat().st_size > 5000
+
+
+def test_resumed_is_uninterrupted(tmp_path, monkeypatch):
+    whole = training.train("ppo", small(tmp_path / "whole", env_steps=96, points=3))
+    real, calls = training.metrics_line, []
+
+    def interrupt(row):
+        calls.append(row)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(row)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "metrics_line", interrupt)
+        training.train("ppo", small(tmp_path / "cut", env_steps=96, points=3))
+    resumed = training.train("ppo", small(tmp_path / "cut", env_steps=96, points=3), resume=True)
+    same = lambda a, b: np.array_equal(*(jax.random.key_data(x) if _is_key(x) else x for x in (a, b)))
+    assert jax.tree.all(jax.tree.map(same, whole.members, resumed.members))
+    logs = [list(metrics.read(outcome.folder / "metrics.jsonl")) for outcome in (whole, resumed)]
+    timed = ("time/elapsed", "throughput/env_steps_per_second")
+    bare = [[{k: v for k, v in row.items() if k not in timed} for row in log] for log in logs]
+    assert bare[0] == bare[1]
+
+
+def _is_key(x):
+    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def test_evaluation_opens_the_folder(finished):
+    results = training.evaluate(finished.folder, episodes=3)
+    assert [member["seed"] for member, _ in results] == [5, 6, 5, 6]
+    assert all(returns.shape == (3,) and (returns > 0).all() for _, returns in results)
+
+
+@pytest.mark.parametrize("ending", ["gif", "png"])
+def test_film(finished, tmp_path, ending):
+    image = pytest.importorskip("PIL.Image")
+    path = training.make_film(finished.folder, tmp_path / f"film.{ending}", member=1, steps=20)
+    with image.open(path) as picture:
+        assert getattr(picture, "n_frames", 1) > 5 if ending == "gif" else picture.width == 4 * (480 + 4)
+
+
+def test_a_film_ends_with_the_episode():
+    env = envs.make("CartPole-v1")
+    agent = ppo.make(SMALL, env)._replace(act=lambda params, observation, memory, key: (jax.numpy.int32(1), ()))
+    assert 5 < len(film.record(agent, env, None, jax.random.key(0), steps=60)) < 20  # always right falls soon
+
+
+def test_what_cannot_be_filmed(finished, tmp_path):
+    with pytest.raises(ValueError, match=r"expected \.gif or \.png"):
+        training.make_film(finished.folder, tmp_path / "film.mp4", steps=2)
+    with pytest.raises(ValueError, match="members 0 to 3"):
+        training.make_film(finished.folder, tmp_path / "film.gif", member=4)
+    with pytest.raises(ValueError, match="nothing to film"):
+        film.record(
+            ppo.make(SMALL, envs.make("CartPole-v1")), envs.make("CartPole-v1")._replace(render=None), None, None
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"grid": ("learning_rat=1",)}, "'learning_rat' cannot vary inside one program; .* learning_rate, discount"),
+        ({"grid": ("epochs=1,2",)}, "'epochs' cannot vary"),
+        ({"grid": ("lr",)}, "grid 'lr' is not of the form learning_rate=1e-3,3e-4"),
+        ({"env": "CartPol"}, "did you mean 'CartPole-v1'"),
+        ({"seeds": 0}, "seeds is 0"),
+        ({"agent": dataclasses.replace(SMALL, minibatches=3)}, "minibatches is 3"),
+    ],
+)
+def test_what_cannot_serve_is_refused_before_anything_is_written(changes, fault, tmp_path):
+    with pytest.raises(ValueError, match=fault):
+        training.train("ppo", small(tmp_path / "never", **changes))
+    assert not (tmp_path / "never").exists()
+
+
+def test_the_command_line_names_every_agent():
+    assert {name: text for name, (_, text) in catalogue.AGENTS.items()} == cli.AGENTS
+    for name in catalogue.AGENTS:
+        assert dataclasses.is_dataclass(catalogue.find(name).config)
+    with pytest.raises(ValueError, match="did you mean 'ppo'"):
+        catalogue.find("pqo")
+
+
+def test_commands(capsys, tmp_path):
+    run = ["--out", str(tmp_path / "a"), "--env-steps", "32", "--points", "2", "--episodes", "2"]
+    own = ["--agent.envs", "2", "--agent.steps", "8", "--agent.minibatches", "1", "--agent.epochs", "1"]
+    assert cli.main(["train", "ppo", *run, *own]) == 0
+    out = capsys.readouterr().out
+    assert f"jaxrl film {tmp_path}/a" in out and f"--resume {tmp_path}/a --env-steps 64" in out
+    assert json.loads((tmp_path / "a" / "summary.json").read_text())["env_steps"] == 32
+    assert cli.main(["eval", str(tmp_path / "a"), "--episodes", "2"]) == 0
+    assert "seed 0: return" in capsys.readouterr().out
+    assert cli.main(["train", "ppo", "--resume", str(tmp_path / "a"), "--env-steps", "48"]) == 0
+    assert cli.main(["sweep", "pqo"]) == 2
+    assert "did you mean 'ppo'" in capsys.readouterr().err
+    assert cli.main(["envs"]) == 0
+    assert "CartPole-v1" in capsys.readouterr().out
