@@ -108,7 +108,7 @@ def _columns(rows, batch, kinds, bases):
     """Rows of results as arrays [*batch, *shape] of the kinds."""
     columns = zip(*rows, strict=True)
     return tuple(
-        (np.asarray(column) - base if base else np.asarray(column)).astype(kind.dtype).reshape(*batch, *kind.shape)
+        (np.asarray(column) - base if base else np.asarray(column)).astype(kind.dtype).reshape((*batch, *kind.shape))
         for column, kind, base in zip(columns, kinds, bases, strict=True)
     )
 
