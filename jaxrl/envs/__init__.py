@@ -2,7 +2,7 @@
 
 from jaxrl.envs.catalogue import ENVS as ENVS
 from jaxrl.envs.catalogue import make as make
-from jaxrl.envs.check import check as check
+from jaxrl.envs.checker import check as check
 from jaxrl.envs.env import Box as Box
 from jaxrl.envs.env import Discrete as Discrete
 from jaxrl.envs.env import Env as Env

@@ -29,7 +29,7 @@ def dynamics(state: State, action: jax.Array) -> tuple[State, jax.Array]:
     """The state 0.05 s later and the reward, which counts the state before the step: -(angle^2 + 0.1 angular_velocity^2
     + 0.001 torque^2), the angle in [-pi, pi). `action`: the torque, [1], clipped to +-2 Nm."""
     angle, speed, _ = state
-    torque = jnp.clip(action[0], -MAX_TORQUE, MAX_TORQUE).astype(angle.dtype)
+    torque = jnp.clip(action[0], -MAX_TORQUE, MAX_TORQUE)
     nearest = (angle + math.pi) % (2 * math.pi) - math.pi
     reward = -(nearest**2 + 0.1 * speed**2 + 0.001 * torque**2)
     pull = 3 * GRAVITY / (2 * LENGTH) * jnp.sin(angle) + 3.0 / (MASS * LENGTH**2) * torque

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl.envs.env import Box, Discrete, Env, TimeStep
-from jaxrl.envs.wrappers import auto_reset
+from jaxrl.envs.wrappers import auto_reset, vectorise
 
 
 def check(env: Env, *, steps: int = 64, seed: int = 0) -> None:
@@ -126,23 +126,24 @@ def _values(env, seed, steps):
 
 
 def _batches(env, seed, steps):
-    """Faults that show over time: a vmapped scan with resets."""
-    resetting = auto_reset(env)
+    """Faults that show over time: a scan of two copies, with resets."""
+    copies = 2
+    many = vectorise(auto_reset(env), copies)
 
-    def run(key):
-        reset_key, loop_key = jax.random.split(key)
-        state, observation = env.reset(reset_key)
+    def run(reset_key, loop_key):
+        state, observation = many.reset(reset_key)
 
         def move(state, key):
             action_key, step_key = jax.random.split(key)
-            mask = None if env.action_mask is None else env.action_mask(state)
-            after, timestep = resetting.step(step_key, state, _action(env, action_key, state))
+            mask = None if many.action_mask is None else many.action_mask(state)
+            actions = jax.vmap(lambda key, state: _action(env, key, state))(jax.random.split(action_key, copies), state)
+            after, timestep = many.step(step_key, state, actions)
             return after, (timestep, mask)
 
         return observation, jax.lax.scan(move, state, jax.random.split(loop_key, steps))[1]
 
     try:
-        first, (timesteps, masks) = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(seed), 2))
+        first, (timesteps, masks) = jax.jit(run)(*jax.random.split(jax.random.key(seed)))
     except jax.errors.KeyReuseError:
         raise
     except Exception as error:  # whatever tracing under vmap and scan may raise
