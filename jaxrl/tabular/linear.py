@@ -20,7 +20,8 @@ def polynomial(points: jax.Array, *, order: int) -> jax.Array:
     Two coordinates, order 1: 1, y, x, x y.
     """
     points, exponents = _points(points), _multi_indices(points, order)
-    return jnp.prod(jnp.where(exponents == 0, 1.0, points[..., None, :] ** _like(exponents, points)), axis=-1)
+    powers = points[..., None, :] ** _like(np.maximum(exponents, 1), points)
+    return jnp.prod(jnp.where(_like(exponents, points) == 0, 1.0, powers), axis=-1)
 
 
 def fourier(points: jax.Array, *, order: int) -> jax.Array:
@@ -53,7 +54,7 @@ def tile_coding(points: jax.Array, *, tilings: int, tiles: int) -> jax.Array:
     shifts = np.arange(tilings)[:, None] * (2 * np.arange(size) + 1) / tilings % 1.0
     tile = jnp.floor(points[..., None, :] * tiles + _like(shifts, points)).astype(jnp.int32)
     tile = jnp.clip(tile, 0, tiles)
-    strides = (tiles + 1) ** np.arange(size)[::-1]
+    strides = (tiles + 1) ** np.arange(size)[None, ::-1]
     number = (tile * _like(strides, points).astype(jnp.int32)).sum(axis=-1)
     of_tiling = jax.nn.one_hot(number, (tiles + 1) ** size)
     return of_tiling.reshape(*points.shape[:-1], -1)

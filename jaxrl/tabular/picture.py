@@ -20,11 +20,11 @@ def draw_grid(
 ) -> Any:
     """Draws a grid world (needs matplotlib, the extra `plot`).
 
-    Targets have a green frame, forbidden cells are hatched, the start is marked S.
+    Targets have a green frame, forbidden cells a red one, the start is marked S.
 
     Args:
       layout: where things are.
-      values: [S] colours, dark is low; None for none.
+      values: [S] colours, dark is low; NaN leaves a cell blank, None all of them.
       policy: [S, A] arrows, as long as the action is probable; a ring is staying. None for none.
       axes: matplotlib's, to draw on; None makes a figure.
       title: above the grid.
@@ -53,16 +53,16 @@ def draw_grid(
         axes = Figure(figsize=(0.75 * columns + 0.3, 0.75 * rows + 0.5), layout="constrained").add_subplot()
     shown = np.full((rows, columns), np.nan) if values is None else np.asarray(values, float).reshape(rows, columns)
     low, high = limits or ((np.nanmin(shown), np.nanmax(shown)) if values is not None else (0.0, 1.0))
-    image = axes.imshow(shown, cmap="viridis", vmin=low, vmax=high, alpha=0.75)
+    axes.imshow(shown, cmap="viridis", vmin=low, vmax=high, alpha=0.75)
     for row, column in layout.cells:
         _cell(axes, layout, row, column)
         dark = np.isfinite(shown[row, column]) and shown[row, column] < low + 0.45 * (high - low)
         ink = "white" if dark else "black"
-        if values is not None and numbers:
+        if np.isfinite(shown[row, column]) and numbers:
             height = row + (0.3 if policy is not None else 0.0)
             text = f"{shown[row, column]:.1f}".replace("-0.0", "0.0")
             axes.text(column, height, text, ha="center", va="center", fontsize=8, color=ink)
-        if policy is not None and (row, column):
+        if policy is not None:
             lifted = 0.12 if values is not None and numbers else 0.0
             _arrows(axes, layout, np.asarray(policy)[layout.state((row, column))], row - lifted, column, ink)
     axes.set(xticks=[], yticks=[], xlim=(-0.54, columns - 0.46), ylim=(rows - 0.46, -0.54))
@@ -71,24 +71,20 @@ def draw_grid(
         axes.set_title(title, fontsize=10)
     if path is not None:
         axes.figure.savefig(path, dpi=120)
-    del image
     return axes
 
 
 def _cell(axes, layout, row, column):
     from matplotlib.patches import Rectangle
 
-    corner = (column - 0.5, row - 0.5)
-    axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="white", linewidth=1.0))
-    axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="0.7", linewidth=0.5))
-    if (row, column) in layout.forbidden:
-        inner = (column - 0.46, row - 0.46)
-        axes.add_patch(Rectangle(inner, 0.92, 0.92, fill=False, edgecolor="tab:red", linewidth=0.8, hatch="////"))
-    if (row, column) in layout.targets:
-        inner = (column - 0.45, row - 0.45)
-        axes.add_patch(Rectangle(inner, 0.9, 0.9, fill=False, edgecolor="tab:green", linewidth=2.5))
+    axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="white", linewidth=1.5))
+    frames = {"tab:red": layout.forbidden, "tab:green": layout.targets}
+    for colour, cells in frames.items():
+        if (row, column) in cells:
+            inner = (column - 0.44, row - 0.44)
+            axes.add_patch(Rectangle(inner, 0.88, 0.88, fill=False, edgecolor=colour, linewidth=2.5))
     if (row, column) == layout.start:
-        axes.text(column - 0.38, row - 0.32, "S", ha="center", va="center", fontsize=8, weight="bold")
+        axes.text(column - 0.34, row - 0.32, "S", ha="center", va="center", fontsize=8, weight="bold")
 
 
 def _arrows(axes, layout, probabilities, row, column, ink):

@@ -60,12 +60,13 @@ def robbins_monro(g: Callable, w: Any, step_sizes: jax.Array, key: jax.Array) ->
     step_sizes = _one_axis(step_sizes)
     w = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), w)
 
-    def step(w, given):
-        step_size, key = given
-        w = jax.tree.map(lambda x, y: x - step_size * y, w, g(w, key))
-        return w, w
+    def step(carry, step_size):
+        key, w = carry
+        key, noise_key = jax.random.split(key)
+        w = jax.tree.map(lambda x, y: x - step_size * y, w, g(w, noise_key))
+        return (key, w), w
 
-    _, path = jax.lax.scan(step, w, (step_sizes, jax.random.split(key, step_sizes.size)))
+    _, path = jax.lax.scan(step, (key, w), step_sizes)
     return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), w, path)
 
 
