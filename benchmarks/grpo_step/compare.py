@@ -5,32 +5,15 @@ python benchmarks/grpo_step/compare.py --trl-python ENV/bin/python --tunix-pytho
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 import cases
 
 HERE = Path(__file__).parent
-ONE_THREAD = {
-    "OMP_NUM_THREADS": "1",
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
-    "JAX_PLATFORMS": "cpu",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-}
-
-
-def measure(python: str, script: str, case: str, steps: int, environment: dict[str, str], cores: set[int]) -> dict:
-    """The JSON line of one run on these cores (none: wherever it likes)."""
-    command = [python, str(HERE / script), case, "--steps", str(steps)]
-    pin = (lambda: os.sched_setaffinity(0, cores)) if cores else None
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, preexec_fn=pin)
-    if done.returncode:
-        sys.exit(f"{script} {case} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+sys.path.append(str(HERE.parent))
+import turns  # noqa: E402
 
 
 def summary(runs: list[dict]) -> dict:
@@ -52,13 +35,6 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def processor() -> str:
-    """Model name of the CPU."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores" if names else platform.processor()
-
-
 def main():
     """Measures and writes."""
     parser = argparse.ArgumentParser()
@@ -77,27 +53,20 @@ def main():
         (options.trl_python, "with_trl.py"),
         (options.tunix_python, "with_tunix.py"),
     )
-    environment = {} if options.default_threads else ONE_THREAD
-    pinning = hasattr(os, "sched_setaffinity") and not options.default_threads
-    cores = {max(os.sched_getaffinity(0))} if pinning else set()
+    environment = {} if options.default_threads else turns.ONE_THREAD
+    cores = set() if options.default_threads else turns.cores()
     results = []
     for case in options.cases:
         runs: dict[str, list[dict]] = {}
         for _ in range(options.rounds):
             for python, script in libraries:
                 if python is not None:
-                    runs.setdefault(script, []).append(measure(python, script, case, options.steps, environment, cores))
+                    command = [python, str(HERE / script), case, "--steps", str(options.steps)]
+                    row = turns.measure(command, environment=environment, cores=cores)
+                    runs.setdefault(script, []).append(row)
                     print(json.dumps(runs[script][-1]), flush=True)
         results += [summary(rows) for rows in runs.values()]
-    about = {
-        "processor": processor(),
-        "python": platform.python_version(),
-        "rounds": options.rounds,
-        "steps": options.steps,
-        "environment": environment,
-        "cores": len(cores) or os.cpu_count(),
-        "load_after": os.getloadavg() if hasattr(os, "getloadavg") else None,
-    }
+    about = turns.about(rounds=options.rounds, steps=options.steps, environment=environment, cores=len(cores) or None)
     options.out.with_suffix(".json").write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
     options.out.with_suffix(".md").write_text(table(results) + "\n")
     print(table(results))
