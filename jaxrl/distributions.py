@@ -1,8 +1,8 @@
 """Policies as distributions: categorical, diagonal Gaussian, Gaussian squashed by tanh.
 
-A draw is a deterministic function of the parameters and of standard `noise`, so that the noise of a whole rollout can be
-drawn at once, before it, and so that draws from the Gaussians can be differentiated (reparameterised). All results are
-float32, log-probs and entropies in nats.
+A draw is a deterministic function of the parameters and of standard `noise`, so that the noise of a whole rollout can
+be drawn at once, before it, and so that draws from the Gaussians can be differentiated (reparameterised). All results
+are float32, log-probs and entropies in nats.
 """
 
 import math
@@ -97,8 +97,8 @@ class Gaussian(NamedTuple):
 class TanhGaussian(NamedTuple):
     """tanh(u) with u from `Gaussian(mean, log_std)`; mean and log_std [..., D].
 
-    tanh cannot be undone in float32 (tanh(9) is 1), so samples and log-probs are those of u: keep u, and hand `squash(u)`
-    to the environment.
+    tanh cannot be undone in float32 (tanh(9) is 1), so samples and log-probs are those of u: keep u, and hand
+    `squash(u)` to the environment.
     """
 
     mean: jax.Array
@@ -127,8 +127,8 @@ class TanhGaussian(NamedTuple):
     def log_prob(self, u: jax.Array) -> jax.Array:
         """log density of the action tanh(u), [...]: log N(u) - sum log(1 - tanh(u)^2).
 
-        In the form log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2 u)), which keeps its digits at any u (Haarnoja et al.
-        2018, arXiv 1801.01290, appendix C, has the plain one).
+        In the form log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2 u)), which keeps its digits at any u (Haarnoja et
+        al. 2018, arXiv 1801.01290, appendix C, has the plain one).
         """
         correction = 2.0 * (math.log(2.0) - u - jax.nn.softplus(-2.0 * u))
         return self.before.log_prob(u) - jnp.sum(correction, axis=-1)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 
 from jaxrl import returns
 from jaxrl.agents import on_policy
@@ -130,15 +131,17 @@ def make(
             batch = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch)
         rate = on_policy.annealed(config.learning_rate, state.step, config.anneal)
         key = jax.random.fold_in(jax.random.fold_in(state.key, state.step + 1), config.envs)
-        order = shuffles(key, columns, config.epochs).reshape(config.epochs * config.minibatches, -1)
+        flat, unflatten = ravel_pytree(on_policy.trained(state.params))
 
-        def update(carry, chosen):
-            trained, optimizer_state, stopped = carry
-            minibatch = take(batch, chosen)
+        def epoch(carry, order):
+            return jax.lax.scan(update, carry, minibatches(batch, order.reshape(config.minibatches, -1)))
+
+        def update(carry, minibatch):
+            flat, optimizer_state, stopped = carry
             new, new_state, row = on_policy.descend(
                 optimizer,
-                lambda trained: loss(config, actor, critic, trained, minibatch, axis_name=axis_name),
-                trained,
+                lambda flat: loss(config, actor, critic, unflatten(flat), minibatch),
+                flat,
                 optimizer_state,
                 rate=rate,
                 axis_name=axis_name,
@@ -146,62 +149,69 @@ def make(
             if config.target_kl is not None:
                 stopped = stopped | (row["policy/kl"] > config.target_kl)
                 new, new_state = jax.tree.map(
-                    lambda old, new: jnp.where(stopped, old, new), (trained, optimizer_state), (new, new_state)
+                    lambda old, new: jnp.where(stopped, old, new), (flat, optimizer_state), (new, new_state)
                 )
             return (new, new_state, stopped), row
 
-        start = (on_policy.trained(state.params), state.optimizer, jnp.zeros((), bool))
-        (trained, optimizer_state, _), rows = jax.lax.scan(update, start, order)
-        state = rolled._replace(step=state.step + 1, params=rolled.params | trained, optimizer=optimizer_state)
+        def minibatches(batch, columns):
+            batch = jax.vmap(lambda columns: take(batch, columns))(columns)
+            if not config.normalise_advantages:
+                return batch
+            whiten = lambda a: returns.whiten(a, jnp.ones_like(a, bool), ddof=0, axis_name=axis_name)
+            return batch._replace(advantage=jax.vmap(whiten)(batch.advantage))
+
+        orders = shuffles(key, columns, config.epochs)
+        (flat, optimizer_state, _), rows = jax.lax.scan(epoch, (flat, state.optimizer, jnp.zeros((), bool)), orders)
+        state = rolled._replace(step=state.step + 1, params=rolled.params | unflatten(flat), optimizer=optimizer_state)
         return state, metrics | jax.tree.map(jnp.mean, rows)
 
     return Agent(init, step, on_policy.acting(actor), actor.memory, config.envs * config.steps)
 
 
 def loss(
-    config: PPOConfig,
-    actor: Network,
-    critic: Network,
-    trained: dict[str, Any],
-    batch: Batch,
-    *,
-    axis_name: str | None = None,
+    config: PPOConfig, actor: Network, critic: Network, trained: dict[str, Any], batch: Batch
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """mean(clipped surrogate) - entropy weight * entropy + value weight * value loss, with metrics.
 
     Args:
       config: the weights and clips.
       trained: {"actor", "critic"} parameters.
-      batch: [T, B, ...] with the memories [B, ...] before the first step.
-      axis_name: a mapped axis over which advantages are normalised together.
+      batch: [T, B, ...] with the memories [B, ...] before the first step; advantages normalised already.
     """
     policy, _ = actor.unroll(trained["actor"], batch.observation, batch.starts, batch.actor_memory)
     policy = on_policy.allowed(policy, batch.mask)
     value, _ = critic.unroll(trained["critic"], batch.observation, batch.starts, batch.critic_memory)
-    advantage = batch.advantage
-    if config.normalise_advantages:
-        advantage = returns.whiten(advantage, jnp.ones_like(advantage, bool), ddof=0, axis_name=axis_name)
     surrogate, diagnostics = ppo_clip(
-        policy.log_prob(batch.action), batch.log_prob, advantage, clip_low=config.clip, clip_high=config.clip
+        policy.log_prob(batch.action), batch.log_prob, batch.advantage, clip_low=config.clip, clip_high=config.clip
     )
-    errors = value_loss(value, batch.target, old_values=batch.value, clip=config.value_clip)
-    entropy, surrogate, errors = policy.entropy().mean(), surrogate.mean(), errors.mean()
-    metrics = {
+    elements = {
         "policy/loss": surrogate,
-        "policy/entropy": entropy,
-        "policy/kl": diagnostics["kl_old"].mean(),
-        "policy/clip": (diagnostics["clipped_low"] + diagnostics["clipped_high"]).mean(),
-        "value/loss": errors,
+        "policy/entropy": policy.entropy(),
+        "value/loss": value_loss(value, batch.target, old_values=batch.value, clip=config.value_clip),
+        "policy/kl": diagnostics["kl_old"],
+        "policy/clip": diagnostics["clipped_low"] + diagnostics["clipped_high"],
     }
-    return surrogate - config.entropy * entropy + config.value * errors, metrics
+    metrics = on_policy.means(elements)
+    return (
+        metrics["policy/loss"] - config.entropy * metrics["policy/entropy"] + config.value * metrics["value/loss"],
+        metrics,
+    )
 
 
 def shuffles(key: jax.Array, n: int, epochs: int) -> jax.Array:
-    """Random orders of 0 .. n - 1, one for each epoch: int32 [epochs, n]. The key is consumed."""
-    return jnp.argsort(jax.random.bits(key, (epochs, n)), axis=1)
+    """Random orders of 0 .. n - 1, one for each epoch: int32 [epochs, n]. The key is consumed.
+
+    Sorts one array of random numbers whose low bits are the index: on CPU that takes a tenth of the time of `argsort`,
+    which sorts pairs. Numbers that agree in the other 32 - log2(n) bits stay in order, which no learner will notice.
+    """
+    width = max(n - 1, 1).bit_length()
+    numbers = jax.random.bits(key, (epochs, n), jnp.uint32)
+    indices = jnp.broadcast_to(jnp.arange(n, dtype=jnp.uint32), (epochs, n))
+    return (jnp.sort((numbers >> width << width) | indices, axis=1) & ((1 << width) - 1)).astype(jnp.int32)
 
 
 def take(batch: Batch, columns: jax.Array) -> Batch:
     """The columns [B] of a batch [T, N, ...]: [T, B, ...], memories [B, ...]."""
-    memories = {name: jax.tree.map(lambda x: x[columns], getattr(batch, name)) for name in ("actor_memory", "critic_memory")}
-    return jax.tree.map(lambda x: x[:, columns], batch._replace(actor_memory=(), critic_memory=()))._replace(**memories)
+    rows = {name: getattr(batch, name) for name in ("actor_memory", "critic_memory")}
+    taken = jax.tree.map(lambda x: x[:, columns], batch._replace(**dict.fromkeys(rows, ())))
+    return taken._replace(**jax.tree.map(lambda x: x[columns], rows))
