@@ -185,6 +185,8 @@ def _traced(name, function, *arguments):
             f"{name} cannot be traced: a Python `if`, `while`, bool(), int() or NumPy function meets a traced value; "
             f"use jnp.where, jax.lax.cond or jnp ({_short(error)})"
         )
+    except jax.errors.KeyReuseError:
+        raise
     except Exception as error:
         return None, f"{name} fails for an element of its space: {type(error).__name__}: {_short(error)}"
 
