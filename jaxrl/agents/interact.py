@@ -66,11 +66,11 @@ def begin(env: Env, key: jax.Array, envs: int, *, memory: Any = ()) -> Interacti
 
     Args:
       env: one environment, neither vectorised nor with automatic reset.
-      key: consumed.
+      key: one for all [] or one for each [N]; consumed.
       envs: N.
       memory: of the policy before the first observation of an episode, without a leading axis.
     """
-    states, observations = jax.vmap(env.reset)(jax.random.split(key, envs))
+    states, observations = jax.vmap(env.reset)(key if jnp.ndim(key) else jax.random.split(key, envs))
     return Interaction(states, observations, copies(memory, envs), jnp.zeros(envs), jnp.zeros(envs, jnp.int32))
 
 
@@ -193,12 +193,19 @@ def pack(tree: Any, *, axis: int = 1) -> tuple[dict[str, jax.Array], Callable]:
     return matrices, unpack
 
 
-def episodes(trajectory: Trajectory, *, axis_name: str | None = None) -> dict[str, jax.Array]:
+def episodes(
+    trajectory: Any, *, counted: jax.Array | None = None, axis_name: str | None = None
+) -> dict[str, jax.Array]:
     """Metrics of the episodes that ended within a trajectory: their number, mean return and mean length.
 
-    Without any, the means are NaN. With `axis_name`, of all the devices on that mapped axis together.
+    Without any, the means are NaN.
+
+    Args:
+      trajectory: anything with `done`, `episode_return` and `episode_length`, [T, N].
+      counted: bool [T, N], to look at these steps alone.
+      axis_name: a mapped axis of devices, to count the episodes of all of them.
     """
-    done = trajectory.done
+    done = trajectory.done if counted is None else trajectory.done & counted
     sums = jnp.stack(
         [
             done.sum(dtype=jnp.float32),

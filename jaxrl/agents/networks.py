@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl import distributions
-from jaxrl.envs.env import Discrete, Space
+from jaxrl.envs.env import Discrete, Env, Space
 from jaxrl.nets import heads
 from jaxrl.nets.initializers import orthogonal
 from jaxrl.nets.mlp import MLP
@@ -74,6 +74,26 @@ def critic(
 ) -> Network:
     """A state-value function; arguments as `actor`."""
     return network(MLP(tuple(sizes), activation), heads.Value(), observations, recurrent=recurrent)
+
+
+def actor_and_critic(config: Any, env: Env, actor_: Network | None, critic_: Network | None) -> tuple[Network, Network]:
+    """The networks an agent was given, or those of its config's `hidden`, `recurrent` and `log_std`."""
+    sizes: dict[str, Any] = {"sizes": config.hidden, "recurrent": config.recurrent}
+    return (
+        actor_ or actor(env.observation_space, env.action_space, **sizes, initial_log_std=config.log_std),
+        critic_ or critic(env.observation_space, **sizes),
+    )
+
+
+def nothing() -> Network:
+    """A value function that is zero everywhere, without parameters."""
+    zero = lambda observation, axes: jnp.zeros(jax.tree.leaves(observation)[0].shape[:axes])
+    return Network(
+        init=lambda key: {},
+        step=lambda params, observation, memory: (zero(observation, 2), memory),
+        unroll=lambda params, observation, starts, memory: (zero(observation, 2), memory),
+        memory=lambda: (),
+    )
 
 
 def action_values(

@@ -14,6 +14,9 @@ from jaxrl.agents.networks import Network
 from jaxrl.distributions import Categorical, Distribution, Gaussian
 from jaxrl.envs.env import Discrete, Env, Space
 
+ACTING, LEARNING, BEGINNING = 0, 1, 2
+"""What the random numbers of a step are for."""
+
 
 class State(NamedTuple):
     """All there is of an on-policy run.
@@ -48,34 +51,44 @@ class Batch(NamedTuple):
     value: jax.Array
     advantage: jax.Array
     target: jax.Array
+    done: jax.Array
+    episode_return: jax.Array
+    episode_length: jax.Array
     actor_memory: Any
     critic_memory: Any
 
 
 def init(
+    config: Any,
     env: Env,
     actor: Network,
     critic: Network,
     optimizer: optax.GradientTransformation,
     key: jax.Array,
     *,
-    envs: int,
-    normalise_observations: bool = False,
-    normalise_rewards: bool = False,
+    only: str | None = None,
 ) -> State:
-    """The state before the first step; the key is kept."""
+    """The state before the first step, by the config's `envs`, `normalise_observations` and `normalise_rewards`.
+
+    The key is kept. With `only` ("actor" or "critic") the optimizer is that network's, not both's.
+    """
     keys = [jax.random.fold_in(jax.random.fold_in(key, 0), purpose) for purpose in range(3)]
     trained = {"actor": actor.init(keys[0]), "critic": critic.init(keys[1])}
-    observations = normalise.moments(env.observation_space.shape) if normalise_observations else ()
+    observations = normalise.moments(env.observation_space.shape) if config.normalise_observations else ()
     return State(
         step=jnp.int32(0),
         key=key,
         params=trained | {"observations": observations},
-        optimizer=optimizer.init(ravel_pytree(trained)[0]),
-        interaction=interact.begin(env, keys[2], envs, memory=actor.memory()),
-        critic_memory=interact.copies(critic.memory(), envs),
-        rewards=normalise.reward_scale(envs) if normalise_rewards else (),
+        optimizer=optimizer.init(ravel_pytree(trained[only] if only else trained)[0]),
+        interaction=interact.begin(env, keys[2], config.envs, memory=actor.memory()),
+        critic_memory=interact.copies(critic.memory(), config.envs),
+        rewards=normalise.reward_scale(config.envs) if config.normalise_rewards else (),
     )
+
+
+def draw_key(state: State, purpose: int) -> jax.Array:
+    """The key of the step that comes next, for one purpose."""
+    return jax.random.fold_in(jax.random.fold_in(state.key, state.step + 1), purpose)
 
 
 def draw_noise(actions: Space, keys: jax.Array, steps: int) -> jax.Array:
@@ -108,6 +121,34 @@ def acting(actor: Network) -> Callable:
     return act
 
 
+def gather(
+    env: Env, actor: Network, state: State, *, steps: int, axis_name: str | None = None
+) -> tuple[State, interact.Trajectory, jax.Array]:
+    """Acts for T steps in the N environments.
+
+    Every environment has random numbers of its own, so that the samples do not depend on the number of devices.
+
+    Returns:
+      The state with the interaction after it, the trajectory with the policies acted from as `extras`, and noise [N, *]
+      for one action more of each environment.
+    """
+    params, n = state.params, state.interaction.episode_return.shape[0]
+    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * n
+    key = draw_key(state, ACTING)
+    keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i), 2), out_axes=1)(first + jnp.arange(n))
+
+    def act(observation, mask, memory, noise):
+        policy, memory = actor.step(params["actor"], see(params, observation), memory)
+        policy = allowed(policy, mask)
+        return policy.sample(noise), memory, policy
+
+    noise = draw_noise(env.action_space, keys[0], steps + 1)
+    interaction, trajectory = interact.collect(
+        env, act, state.interaction, keys[1], steps=steps, noise=noise[:-1], memory=actor.memory()
+    )
+    return state._replace(interaction=interaction), trajectory, noise[-1]
+
+
 def rollout(
     env: Env,
     actor: Network,
@@ -125,22 +166,11 @@ def rollout(
     observation of the episode. Observations are those the policy saw, normalised with the moments it saw them with.
 
     Returns:
-      The state, in which only parameters, optimizer and step are those of before; the batch; metrics of the episodes.
+      The state, in which the networks, the optimizer and the step are those of before; the batch; metrics of the
+      episodes.
     """
     params, n = state.params, state.interaction.episode_return.shape[0]
-    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * n
-    key = jax.random.fold_in(state.key, state.step + 1)
-    keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i), 2), out_axes=1)(first + jnp.arange(n))
-
-    def act(observation, mask, memory, noise):
-        policy, memory = actor.step(params["actor"], see(params, observation), memory)
-        policy = allowed(policy, mask)
-        return policy.sample(noise), memory, policy
-
-    noise = draw_noise(env.action_space, keys[0], steps)
-    interaction, trajectory = interact.collect(
-        env, act, state.interaction, keys[1], steps=steps, noise=noise, memory=actor.memory()
-    )
+    after, trajectory, _ = gather(env, actor, state, steps=steps, axis_name=axis_name)
     seen, successor = see(params, trajectory.observation), see(params, trajectory.successor)
     v_tm1, memories = critic.unroll(params["critic"], seen, trajectory.starts, state.critic_memory)
     v_t, _ = critic.step(params["critic"], successor, memories)
@@ -162,20 +192,62 @@ def rollout(
         value=v_tm1,
         advantage=estimates.advantages,
         target=estimates.targets,
+        done=trajectory.done,
+        episode_return=trajectory.episode_return,
+        episode_length=trajectory.episode_length,
         actor_memory=state.interaction.memory,
         critic_memory=state.critic_memory,
     )
-    moments = params["observations"]
-    if moments != ():
-        moments = normalise.update(moments, trajectory.observation, axis_name=axis_name)
     last = jax.tree.map(lambda m: m[-1], memories)
-    state = state._replace(
-        params=params | {"observations": moments},
-        interaction=interaction,
+    after = after._replace(
+        params=params | {"observations": watched(params, trajectory, axis_name=axis_name)},
         critic_memory=interact.where(trajectory.done[-1], interact.copies(critic.memory(), n), last),
         rewards=scale,
     )
-    return state, batch, interact.episodes(trajectory, axis_name=axis_name)
+    return after, batch, interact.episodes(trajectory, axis_name=axis_name)
+
+
+def begin_again(env: Env, actor: Network, critic: Network, state: State, *, axis_name: str | None = None) -> State:
+    """The state with all environments at the start of an episode."""
+    n = state.interaction.episode_return.shape[0]
+    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * n
+    keys = jax.vmap(lambda i: jax.random.fold_in(draw_key(state, BEGINNING), i))(first + jnp.arange(n))
+    return state._replace(
+        interaction=interact.begin(env, keys, n, memory=actor.memory()),
+        critic_memory=interact.copies(critic.memory(), n),
+    )
+
+
+def columns(config: Any, whole_streams: bool, minibatches: int) -> int:
+    """How many columns a rollout is cut into for minibatches: whole streams, or single steps.
+
+    Raises:
+      ValueError: where `minibatches` does not divide them.
+    """
+    count = config.envs if whole_streams else config.envs * config.steps
+    if count % minibatches:
+        raise ValueError(
+            f"minibatches is {minibatches}, expected a divisor of {count}, the "
+            + ("environments (a policy with memory learns from whole streams)" if whole_streams else "envs * steps")
+        )
+    return count
+
+
+def single_steps(batch: Batch) -> Batch:
+    """A batch [T, N, ...] of networks without memory as one of T * N streams of one step: [1, T * N, ...]."""
+    return jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch)
+
+
+def mean_over(x: jax.Array, axis_name: str | None, *, total: bool = False) -> jax.Array:
+    """The mean (or sum) of all elements, and the mean of that over a mapped axis if one is given."""
+    x = x.sum() if total else x.mean()
+    return x if axis_name is None else jax.lax.pmean(x, axis_name)
+
+
+def watched(params: dict[str, Any], trajectory: interact.Trajectory, *, axis_name: str | None = None) -> Any:
+    """The moments of observations after a trajectory; () if they are not kept."""
+    moments = params["observations"]
+    return moments if moments == () else normalise.update(moments, trajectory.observation, axis_name=axis_name)
 
 
 def descend(
@@ -206,6 +278,23 @@ def descend(
     return jax.tree.map(lambda p, u: p - rate * u, trained, updates), optimizer_state, metrics
 
 
+def learn(
+    optimizer: optax.GradientTransformation,
+    loss: Callable,
+    state: State,
+    *,
+    rate: jax.Array | float,
+    axis_name: str | None = None,
+) -> tuple[State, dict[str, jax.Array]]:
+    """One `descend` of a state's networks and one step more; `loss` takes {"actor", "critic"}."""
+    flat, unflatten = ravel_pytree(trained(state.params))
+    flat, optimizer_state, metrics = descend(
+        optimizer, lambda flat: loss(unflatten(flat)), flat, state.optimizer, rate=rate, axis_name=axis_name
+    )
+    params = state.params | unflatten(flat)
+    return state._replace(step=state.step + 1, params=params, optimizer=optimizer_state), metrics
+
+
 def annealed(rate: jax.Array | float, step: jax.Array, anneal: int) -> jax.Array | float:
     """The learning rate of an update: from `rate` linearly to zero over `anneal` updates; constant if that is 0."""
     return rate * jnp.maximum(1.0 - step / anneal, 0.0) if anneal else rate
@@ -219,3 +308,22 @@ def trained(params: dict[str, Any]) -> dict[str, Any]:
 def means(elements: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """The mean of every array of a dict, all of one shape: one reduction in place of many."""
     return dict(zip(elements, jnp.stack([x.reshape(-1) for x in elements.values()]).mean(axis=1), strict=True))
+
+
+def shuffles(key: jax.Array, n: int, epochs: int) -> jax.Array:
+    """Random orders of 0 .. n - 1, one for each epoch: int32 [epochs, n]. The key is consumed.
+
+    Sorts one array of random numbers whose low bits are the index: on CPU that takes a tenth of the time of `argsort`,
+    which sorts pairs. Numbers that agree in the other 32 - log2(n) bits stay in order, which no learner will notice.
+    """
+    width = max(n - 1, 1).bit_length()
+    numbers = jax.random.bits(key, (epochs, n), jnp.uint32)
+    indices = jnp.broadcast_to(jnp.arange(n, dtype=jnp.uint32), (epochs, n))
+    return (jnp.sort((numbers >> width << width) | indices, axis=1) & ((1 << width) - 1)).astype(jnp.int32)
+
+
+def take(batch: Batch, columns: jax.Array) -> Batch:
+    """The columns [B] of a batch [T, N, ...]: [T, B, ...], memories [B, ...]."""
+    rows = {name: getattr(batch, name) for name in ("actor_memory", "critic_memory")}
+    taken = jax.tree.map(lambda x: x[:, columns], batch._replace(**dict.fromkeys(rows, ())))
+    return taken._replace(**jax.tree.map(lambda x: x[columns], rows))

@@ -18,9 +18,7 @@ from jax.flatten_util import ravel_pytree
 from jaxrl import returns
 from jaxrl.agents import on_policy
 from jaxrl.agents.agent import Agent
-from jaxrl.agents.networks import Network
-from jaxrl.agents.networks import actor as default_actor
-from jaxrl.agents.networks import critic as default_critic
+from jaxrl.agents.networks import Network, actor_and_critic
 from jaxrl.agents.on_policy import Batch, State
 from jaxrl.envs.env import Env
 from jaxrl.losses import ppo_clip, value_loss
@@ -91,30 +89,13 @@ def make(
     Raises:
       ValueError: minibatches that do not divide the rollout.
     """
-    spaces = env.observation_space, env.action_space
-    sizes: dict[str, Any] = {"sizes": config.hidden, "recurrent": config.recurrent}
-    actor = actor or default_actor(*spaces, **sizes, initial_log_std=config.log_std)
-    critic = critic or default_critic(spaces[0], **sizes)
+    actor, critic = actor_and_critic(config, env, actor, critic)
     whole_streams = actor.recurrent or critic.recurrent
-    columns = config.envs if whole_streams else config.envs * config.steps
-    if columns % config.minibatches:
-        raise ValueError(
-            f"minibatches is {config.minibatches}, expected a divisor of {columns}, the "
-            + ("environments (a policy with memory learns from whole streams)" if whole_streams else "envs * steps")
-        )
+    columns = on_policy.columns(config, whole_streams, config.minibatches)
     optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.scale_by_adam(eps=1e-5))
 
     def init(key: jax.Array) -> State:
-        return on_policy.init(
-            env,
-            actor,
-            critic,
-            optimizer,
-            key,
-            envs=config.envs,
-            normalise_observations=config.normalise_observations,
-            normalise_rewards=config.normalise_rewards,
-        )
+        return on_policy.init(config, env, actor, critic, optimizer, key)
 
     def step(state: State, data: Any = None) -> tuple[State, dict[str, jax.Array]]:
         rolled, batch, metrics = on_policy.rollout(
@@ -127,10 +108,9 @@ def make(
             lambda_=config.lambda_,
             axis_name=axis_name,
         )
-        if not whole_streams:
-            batch = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch)
+        batch = batch if whole_streams else on_policy.single_steps(batch)
         rate = on_policy.annealed(config.learning_rate, state.step, config.anneal)
-        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step + 1), config.envs)
+        key = on_policy.draw_key(state, on_policy.LEARNING)
         flat, unflatten = ravel_pytree(on_policy.trained(state.params))
 
         def epoch(carry, order):
@@ -154,13 +134,13 @@ def make(
             return (new, new_state, stopped), row
 
         def minibatches(batch, columns):
-            batch = jax.vmap(lambda columns: take(batch, columns))(columns)
+            batch = jax.vmap(lambda columns: on_policy.take(batch, columns))(columns)
             if not config.normalise_advantages:
                 return batch
             whiten = lambda a: returns.whiten(a, jnp.ones_like(a, bool), ddof=0, axis_name=axis_name)
             return batch._replace(advantage=jax.vmap(whiten)(batch.advantage))
 
-        orders = shuffles(key, columns, config.epochs)
+        orders = on_policy.shuffles(key, columns, config.epochs)
         (flat, optimizer_state, _), rows = jax.lax.scan(epoch, (flat, state.optimizer, jnp.zeros((), bool)), orders)
         state = rolled._replace(step=state.step + 1, params=rolled.params | unflatten(flat), optimizer=optimizer_state)
         return state, metrics | jax.tree.map(jnp.mean, rows)
@@ -196,22 +176,3 @@ def loss(
         metrics["policy/loss"] - config.entropy * metrics["policy/entropy"] + config.value * metrics["value/loss"],
         metrics,
     )
-
-
-def shuffles(key: jax.Array, n: int, epochs: int) -> jax.Array:
-    """Random orders of 0 .. n - 1, one for each epoch: int32 [epochs, n]. The key is consumed.
-
-    Sorts one array of random numbers whose low bits are the index: on CPU that takes a tenth of the time of `argsort`,
-    which sorts pairs. Numbers that agree in the other 32 - log2(n) bits stay in order, which no learner will notice.
-    """
-    width = max(n - 1, 1).bit_length()
-    numbers = jax.random.bits(key, (epochs, n), jnp.uint32)
-    indices = jnp.broadcast_to(jnp.arange(n, dtype=jnp.uint32), (epochs, n))
-    return (jnp.sort((numbers >> width << width) | indices, axis=1) & ((1 << width) - 1)).astype(jnp.int32)
-
-
-def take(batch: Batch, columns: jax.Array) -> Batch:
-    """The columns [B] of a batch [T, N, ...]: [T, B, ...], memories [B, ...]."""
-    rows = {name: getattr(batch, name) for name in ("actor_memory", "critic_memory")}
-    taken = jax.tree.map(lambda x: x[:, columns], batch._replace(**dict.fromkeys(rows, ())))
-    return taken._replace(**jax.tree.map(lambda x: x[columns], rows))
