@@ -269,6 +269,10 @@ def env(argv: Sequence[str]) -> None:
 
 AGENTS = {
     "ppo": "proximal policy optimisation",
+    "dqn": "deep Q-learning: double, dueling, n-step, prioritised",
+    "ddpg": "deep deterministic policy gradient",
+    "td3": "twin delayed DDPG",
+    "sac": "soft actor-critic with a learned temperature",
 }
 """The agents of `jaxrl.agents.catalogue`, repeated here so that help does not wait for JAX."""
 

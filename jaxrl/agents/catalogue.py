@@ -7,6 +7,10 @@ from typing import Any, NamedTuple
 
 AGENTS: dict[str, tuple[str, str]] = {
     "ppo": ("PPOConfig", "proximal policy optimisation"),
+    "dqn": ("DQNConfig", "deep Q-learning: double, dueling, n-step, prioritised"),
+    "ddpg": ("DDPGConfig", "deep deterministic policy gradient"),
+    "td3": ("TD3Config", "twin delayed DDPG"),
+    "sac": ("SACConfig", "soft actor-critic with a learned temperature"),
 }
 """Module of `jaxrl.agents` -> (its config class, what it is)."""
 
