@@ -65,8 +65,8 @@ class DDPGConfig:
     """Features of the hidden layers."""
 
 
-def make(config: DDPGConfig, env: Env) -> Agent:
-    """The agent."""
+def make(config: DDPGConfig, env: Env, *, memory: replay.Memory | None = None) -> Agent:
+    """The agent; `memory` is uniform replay if not given."""
     continuous.check("ddpg", env)
     critics = continuous.critics(env, count=config.critics, sizes=config.hidden)
     actor = continuous.deterministic_actor(env, sizes=config.hidden)
@@ -130,7 +130,7 @@ def make(config: DDPGConfig, env: Env) -> Agent:
         return replay.over_minibatches(update, learnt, batch, key)
 
     learner = replay.Learner(init, explore, uniform, learn, act)
-    return replay.make(env, learner, config, replay.uniform(config.n_step))
+    return replay.make(env, learner, config, memory or replay.uniform(config.n_step))
 
 
 def smoothed(action: jax.Array, noise: jax.Array, *, std: jax.Array | float, clip: jax.Array | float) -> jax.Array:

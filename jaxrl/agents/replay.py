@@ -137,6 +137,16 @@ def proportional(
     return Memory(init, extend, draw, update, length)
 
 
+def latest() -> Memory:
+    """No replay: what is drawn is all that the ring holds, each transition once. For agents that learn as they go."""
+
+    def draw(buffer, key, n):
+        items = jax.tree.map(lambda x: x.reshape(n, 1, *x.shape[2:]), buffer.items)
+        return items, jnp.ones(n), jnp.zeros(n, jnp.int32)
+
+    return uniform()._replace(draw=draw)
+
+
 class State(NamedTuple):
     """All there is of a run with replay.
 
@@ -195,9 +205,10 @@ def make(env: Env, learner: Learner, config: Config, memory: Memory) -> Agent:
         act_key, env_key, draw_key, learn_key = jax.random.split(key, 4)
 
         def act(observation, mask, _, key):
+            keys = jax.random.split(key)
             choices = [
-                lambda: learner.uniform(learnt.params, observation, key, before),
-                lambda: learner.explore(learnt.params, observation, key, before),
+                lambda: learner.uniform(learnt.params, observation, keys[0], before),
+                lambda: learner.explore(learnt.params, observation, keys[1], before),
             ]
             action, stored = jax.lax.cond(before < config.warmup, *choices)
             return action, (), stored
@@ -322,10 +333,10 @@ def _check(env: Env, config: Config, length: int, slots: int) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} is {size}; expected at least 1")
-    if slots < length + config.steps:
+    if slots < max(length, config.steps):
         raise ValueError(
             f"capacity is {config.capacity} for {config.envs} environments, {slots} steps of each; expected at least "
-            f"{length + config.steps} (steps of a round + n-step length) x {config.envs}"
+            f"{max(length, config.steps)} (the longer of a round's steps and n_step) x {config.envs}"
         )
     if config.warmup < length * config.envs:
         raise ValueError(
