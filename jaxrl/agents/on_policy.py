@@ -12,6 +12,7 @@ from jaxrl import returns
 from jaxrl.agents import interact, normalise
 from jaxrl.agents.networks import Network
 from jaxrl.distributions import Categorical, Distribution, Gaussian
+from jaxrl.envs import statistics
 from jaxrl.envs.env import Discrete, Env, Space
 
 ACTING, LEARNING, BEGINNING = 0, 1, 2
@@ -22,7 +23,7 @@ class State(NamedTuple):
     """All there is of an on-policy run.
 
     `step`: int32, updates done. `key`: never changes; every use folds in the step and a purpose. `params`: {"actor",
-    "critic", "observations": `Moments` or ()}. `optimizer`: of actor and critic as one flat vector, which costs far
+    "critic", "observations": `Statistics` or ()}. `optimizer`: of actor and critic as one flat vector, which costs far
     fewer small operations than a tree. `interaction`: where the environments
     stand, with the actor's memory. `critic_memory`: [N, *]. `rewards`: a `RewardScale` or ().
     """
@@ -74,7 +75,7 @@ def init(
     """
     keys = [jax.random.fold_in(jax.random.fold_in(key, 0), purpose) for purpose in range(3)]
     trained = {"actor": actor.init(keys[0]), "critic": critic.init(keys[1])}
-    observations = normalise.moments(env.observation_space.shape) if config.normalise_observations else ()
+    observations = statistics.statistics(env.observation_space.shape) if config.normalise_observations else ()
     return State(
         step=jnp.int32(0),
         key=key,
@@ -100,8 +101,8 @@ def draw_noise(actions: Space, keys: jax.Array, steps: int) -> jax.Array:
 
 def see(params: dict[str, Any], observation: Any) -> Any:
     """The observation [..., *shape] as the networks get it."""
-    moments = params["observations"]
-    return observation if moments == () else normalise.standardise(moments, observation)
+    seen = params["observations"]
+    return observation if seen == () else statistics.normalise(seen, observation)
 
 
 def allowed(policy: Distribution, mask: jax.Array | None) -> Distribution:
@@ -163,7 +164,7 @@ def rollout(
     """Acts for T steps, then judges them: values, advantages by `returns.gae`, targets.
 
     The critic runs once over the whole trajectory, and once over the successors: at a truncation that is the true last
-    observation of the episode. Observations are those the policy saw, normalised with the moments it saw them with.
+    observation of the episode. Observations are those the policy saw, normalised with the statistics it saw them with.
 
     Returns:
       The state, in which the networks, the optimizer and the step are those of before; the batch; metrics of the
@@ -245,9 +246,9 @@ def mean_over(x: jax.Array, axis_name: str | None, *, total: bool = False) -> ja
 
 
 def watched(params: dict[str, Any], trajectory: interact.Trajectory, *, axis_name: str | None = None) -> Any:
-    """The moments of observations after a trajectory; () if they are not kept."""
-    moments = params["observations"]
-    return moments if moments == () else normalise.update(moments, trajectory.observation, axis_name=axis_name)
+    """The statistics of observations after a trajectory; () if they are not kept."""
+    seen = params["observations"]
+    return seen if seen == () else statistics.update(seen, trajectory.observation, axis_name=axis_name)
 
 
 def descend(

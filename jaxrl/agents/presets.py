@@ -1,8 +1,62 @@
-"""Settings that reach the published returns: (agent, environment) -> what differs from the agent's defaults.
+"""Settings that learn, by agent and environment: the defaults where nothing is listed.
 
-"env_steps" is the length of the run. What is not listed runs with the defaults.
+config = presets.config("ppo", "Pendulum-v1")
 """
 
 from typing import Any
 
-PRESETS: dict[tuple[str, str], dict[str, Any]] = {}
+from jaxrl.agents.a2c import A2CConfig
+from jaxrl.agents.ppo import PPOConfig
+from jaxrl.agents.qac import QACConfig
+from jaxrl.agents.reinforce import ReinforceConfig
+from jaxrl.agents.trpo import TRPOConfig
+
+PRESETS: dict[tuple[str, str], tuple[Any, int]] = {
+    ("ppo", "CartPole-v1"): (PPOConfig(envs=64, steps=16, learning_rate=2.5e-3, anneal=488), 500_000),
+    ("ppo", "Acrobot-v1"): (
+        PPOConfig(envs=16, steps=256, epochs=10, minibatches=8, learning_rate=1e-3, entropy=0.0, anneal=122),
+        500_000,
+    ),
+    ("ppo", "Pendulum-v1"): (
+        PPOConfig(
+            envs=16,
+            steps=64,
+            epochs=10,
+            minibatches=8,
+            learning_rate=1e-3,
+            discount=0.9,
+            entropy=0.0,
+            normalise_rewards=True,
+            anneal=292,
+        ),
+        300_000,
+    ),
+    ("a2c", "CartPole-v1"): (A2CConfig(learning_rate=1e-3, anneal=3906), 500_000),
+    ("a2c", "Acrobot-v1"): (A2CConfig(envs=16, learning_rate=1e-3, entropy=0.01, anneal=1953), 500_000),
+    ("a2c", "Pendulum-v1"): (
+        A2CConfig(envs=16, steps=16, learning_rate=1e-3, discount=0.9, normalise_rewards=True, anneal=3906),
+        1_000_000,
+    ),
+    ("trpo", "CartPole-v1"): (TRPOConfig(), 150_000),
+    ("trpo", "Acrobot-v1"): (TRPOConfig(envs=16, steps=128), 300_000),
+    ("trpo", "Pendulum-v1"): (
+        TRPOConfig(envs=16, steps=64, discount=0.9, max_kl=0.02, normalise_rewards=True),
+        300_000,
+    ),
+    ("reinforce", "CartPole-v1"): (ReinforceConfig(anneal=300), 1_200_000),
+    ("reinforce", "Acrobot-v1"): (ReinforceConfig(envs=16, anneal=125), 1_000_000),
+    ("qac", "CartPole-v1"): (QACConfig(anneal=3906), 500_000),
+}
+"""(agent, environment) -> (config, environment steps to train for)."""
+
+
+def config(agent: str, env: str) -> tuple[Any, int]:
+    """The config and the number of environment steps for an agent on an environment.
+
+    Raises:
+      ValueError: nothing is listed; the message says what is.
+    """
+    if (agent, env) not in PRESETS:
+        listed = ", ".join(sorted(name for a, name in PRESETS if a == agent)) or "nothing"
+        raise ValueError(f"no settings of {agent!r} for {env!r}; listed for this agent: {listed}")
+    return PRESETS[agent, env]
