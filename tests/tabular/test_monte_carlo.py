@@ -119,5 +119,5 @@ def test_control_on_a_small_grid():
 def test_exploring_starts_on_the_5x5_grid():
     mdp = gridworld.grid_world()
     best = dynamic_programming.value_iteration(mdp, discount=0.9).values
-    found = monte_carlo.exploring_starts(mdp, jax.random.key(1), discount=0.9, episodes=20_000, length=40)
+    found = monte_carlo.exploring_starts(mdp, jax.random.key(1), discount=0.9, episodes=10_000, length=40)
     assert jnp.abs(models.evaluate_policy(mdp, found.policy, discount=0.9) - best).max() < 0.5

@@ -261,14 +261,12 @@ def test_random_walk_as_the_plain_loop():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "n, step_size, published",
-    [(1, 0.8, 0.343), (2, 0.6, 0.269), (4, 0.4, 0.254), (4, 0.2, 0.319), (4, 0.6, 0.296), (8, 0.2, 0.270),
-     (8, 0.4, 0.306), (16, 0.2, 0.316), (64, 0.05, 0.410)],
-)  # fmt: skip
+    "n, step_size, published", [(1, 0.8, 0.343), (2, 0.6, 0.269), (4, 0.4, 0.254), (16, 0.2, 0.316), (64, 0.05, 0.410)]
+)
 def test_random_walk_n_step_errors(n, step_size, published):
     """Published: means of 60 runs, so uncertain by 0.007 themselves."""
-    mean, standard_error = walk_error(n, step_size, 2000)
-    assert standard_error < 0.0015 and abs(mean - published) < 0.015
+    mean, standard_error = walk_error(n, step_size, 1000)
+    assert standard_error < 0.002 and abs(mean - published) < 0.015
 
 
 @pytest.mark.slow
