@@ -54,7 +54,7 @@ plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "legend.f
 def show(figure):
     """Displays a figure in 256 colours, which keeps the notebook small."""
     full, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(full)
+    figure.savefig(full, bbox_inches="tight")
     plt.close(figure)
     PIL.Image.open(full).convert("RGB").quantize(256).save(small, "PNG", optimize=True)
     IPython.display.display(IPython.display.Image(small.getvalue()))
