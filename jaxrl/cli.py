@@ -268,8 +268,14 @@ def env(argv: Sequence[str]) -> None:
 
 
 AGENTS = {
+    "reinforce": "Monte-Carlo policy gradient, with or without a baseline",
+    "qac": "actor-critic with action values by Sarsa",
+    "a2c": "advantage actor-critic",
+    "off_policy_actor_critic": "actor-critic with importance weights",
+    "trpo": "trust region policy optimisation",
     "ppo": "proximal policy optimisation",
     "dqn": "deep Q-learning: double, dueling, n-step, prioritised",
+    "dpg": "deterministic policy gradient, plain",
     "ddpg": "deep deterministic policy gradient",
     "td3": "twin delayed DDPG",
     "sac": "soft actor-critic with a learned temperature",

@@ -6,8 +6,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 AGENTS: dict[str, tuple[str, str]] = {
+    "reinforce": ("ReinforceConfig", "Monte-Carlo policy gradient, with or without a baseline"),
+    "qac": ("QACConfig", "actor-critic with action values by Sarsa"),
+    "a2c": ("A2CConfig", "advantage actor-critic"),
+    "off_policy_actor_critic": ("OffPolicyActorCriticConfig", "actor-critic with importance weights"),
+    "trpo": ("TRPOConfig", "trust region policy optimisation"),
     "ppo": ("PPOConfig", "proximal policy optimisation"),
     "dqn": ("DQNConfig", "deep Q-learning: double, dueling, n-step, prioritised"),
+    "dpg": ("DPGConfig", "deterministic policy gradient, plain"),
     "ddpg": ("DDPGConfig", "deep deterministic policy gradient"),
     "td3": ("TD3Config", "twin delayed DDPG"),
     "sac": ("SACConfig", "soft actor-critic with a learned temperature"),

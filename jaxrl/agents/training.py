@@ -60,13 +60,11 @@ class Outcome(NamedTuple):
 def options(agent: str, env: str = "CartPole-v1") -> Any:
     """The default config of a run: an `AgentRun` with the agent's config under `agent`, tuned for `env` where known."""
     entry = catalogue.find(agent)
-    preset = dict(PRESETS.get((agent, env), {}))
-    total = {"env_steps": preset.pop("env_steps")} if "env_steps" in preset else {}
-    own = entry.config(**preset)
+    own, env_steps = PRESETS.get((agent, env)) or (entry.config(), AgentRun.env_steps)
     field = ("agent", entry.config, dataclasses.field(default_factory=lambda: own))
     run = dataclasses.make_dataclass(f"{entry.config.__name__}Run", [field], bases=(AgentRun,), frozen=True)
     run.__doc__ = f"{catalogue.AGENTS[agent][1].capitalize()}, on {env}."
-    return run(env=env, **total)
+    return run(env=env, env_steps=env_steps)
 
 
 def train(name: str, run: Any, *, resume: bool = False, display: Display | None = None) -> Outcome:
