@@ -101,7 +101,7 @@ def collect(
     n = interaction.episode_return.shape[0]
     keys = key if jnp.ndim(key) else jax.random.split(key, n)
     reset_keys, keys = (
-        jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, purpose), steps), out_axes=1)(keys)
+        jax.vmap(lambda t: jax.vmap(lambda key: jax.random.fold_in(key, 2 * t + purpose))(keys))(jnp.arange(steps))
         for purpose in range(2)
     )
     fresh = jax.vmap(jax.vmap(env.reset))(reset_keys)

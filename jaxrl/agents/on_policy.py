@@ -136,16 +136,19 @@ def gather(
     params, n = state.params, state.interaction.episode_return.shape[0]
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * n
     key = draw_key(state, ACTING)
-    keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i), 2), out_axes=1)(first + jnp.arange(n))
+    noise_keys, env_keys = (
+        jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, purpose), i))(first + jnp.arange(n))
+        for purpose in range(2)
+    )
 
     def act(observation, mask, memory, noise):
         policy, memory = actor.step(params["actor"], see(params, observation), memory)
         policy = allowed(policy, mask)
         return policy.sample(noise), memory, policy
 
-    noise = draw_noise(env.action_space, keys[0], steps + 1)
+    noise = draw_noise(env.action_space, noise_keys, steps + 1)
     interaction, trajectory = interact.collect(
-        env, act, state.interaction, keys[1], steps=steps, noise=noise[:-1], memory=actor.memory()
+        env, act, state.interaction, env_keys, steps=steps, noise=noise[:-1], memory=actor.memory()
     )
     return state._replace(interaction=interaction), trajectory, noise[-1]
 
