@@ -9,6 +9,7 @@ Deviation: Adam in place of plain gradient steps.
 """
 
 import dataclasses
+from typing import Any
 
 from jaxrl.agents import ddpg, replay
 from jaxrl.agents.agent import Agent
@@ -37,6 +38,6 @@ class DPGConfig:
 
 def make(config: DPGConfig, env: Env) -> Agent:
     """The agent."""
-    own = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    sizes = {"batch": config.envs, "capacity": config.envs, "warmup": config.envs}
-    return ddpg.make(ddpg.DDPGConfig(**own, **sizes, target_rate=1.0), env, memory=replay.latest())
+    own: dict[str, Any] = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    own |= {"batch": config.envs, "capacity": config.envs, "warmup": config.envs, "target_rate": 1.0}
+    return ddpg.make(ddpg.DDPGConfig(**own), env, memory=replay.latest())

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl import returns
-from jaxrl.agents import interact, networks, on_policy
+from jaxrl.agents import interact, networks
 from jaxrl.agents.agent import Agent
 from jaxrl.agents.networks import Network
 from jaxrl.distributions import Categorical
@@ -56,10 +56,21 @@ class OffPolicyActorCriticConfig:
     """Layers of the actor and of the critic."""
 
 
+class State(NamedTuple):
+    """All there is of a run. `step`: int32, updates done. `key`: never changes. `params`: {"actor", "critic"}."""
+
+    step: jax.Array
+    key: jax.Array
+    params: Any
+    optimizer: Any
+    interaction: interact.Interaction
+
+
 class Batch(NamedTuple):
-    """Steps of a behaviour; every leaf is [T, N, ...]. `log_prob`: of the action under the behaviour."""
+    """Steps of a behaviour, leaves [T, N, ...]. `mask`: actions allowed, or None. `log_prob`: under the behaviour."""
 
     observation: Any
+    mask: jax.Array | None
     action: jax.Array
     log_prob: jax.Array
     reward: jax.Array
@@ -81,42 +92,49 @@ def make(config: OffPolicyActorCriticConfig, env: Env, *, behaviour: Callable | 
         raise ValueError(f"off_policy_actor_critic needs discrete actions, {env.name} has {env.action_space}")
     actor = networks.actor(env.observation_space, env.action_space, sizes=config.hidden)
     critic = networks.critic(env.observation_space, sizes=config.hidden)
-    optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.scale_by_adam(eps=1e-5))
+    optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.adam(config.learning_rate, eps=1e-5))
     behaviour = behaviour or (lambda policy, observation: mixed(policy, config.explore))
 
-    def init(key: jax.Array) -> on_policy.State:
-        return on_policy.init(env, actor, critic, optimizer, key, envs=config.envs)
+    def init(key: jax.Array) -> State:
+        actor_key, critic_key, env_key = (jax.random.fold_in(jax.random.fold_in(key, 0), i) for i in range(3))
+        params = {"actor": actor.init(actor_key), "critic": critic.init(critic_key)}
+        interaction = interact.begin(env, env_key, config.envs)
+        return State(jnp.int32(0), key, params, optimizer.init(params), interaction)
 
-    def step(state: on_policy.State, data: Any = None) -> tuple[on_policy.State, dict[str, jax.Array]]:
+    def policy_of(params, observation, mask=None) -> Categorical:
+        policy = actor.step(params["actor"], observation, ())[0]
+        return policy if mask is None else policy.masked(mask)
+
+    def act(params, observation, memory, key=None):
+        policy = policy_of(params, observation)
+        return policy.mode() if key is None else jax.random.categorical(key, policy.logits), memory
+
+    def step(state: State, data: Any = None) -> tuple[State, dict[str, jax.Array]]:
         noise_key, env_key = jax.random.split(jax.random.fold_in(state.key, state.step + 1))
-        params = on_policy.trained(state.params)
 
-        def act(observation, mask, memory, noise):
-            policy = on_policy.allowed(actor.step(params["actor"], observation, ())[0], mask)
-            chosen = behaviour(policy, observation)
-            action = chosen.sample(noise)
+        def behave(observation, mask, memory, key):
+            chosen = behaviour(policy_of(state.params, observation, mask), observation)
+            action = jax.random.categorical(key, chosen.logits)
             return action, (), chosen.log_prob(action)
 
-        noise = Categorical.noise(noise_key, (config.steps, config.envs, env.action_space.n))
-        interaction, seen = interact.collect(env, act, state.interaction, env_key, steps=config.steps, noise=noise)
+        interaction, seen = interact.collect(
+            env,
+            behave,
+            state.interaction,
+            env_key,
+            steps=config.steps,
+            noise=jax.random.split(noise_key, config.steps),
+        )
         flags = seen.terminated, seen.truncated
-        batch = Batch(seen.observation, seen.action, seen.extras, seen.reward, *flags, seen.successor)
-        params, optimizer_state, metrics = on_policy.descend(
-            optimizer,
-            lambda params: loss(config, actor, critic, params, batch, mask=seen.mask),
-            params,
-            state.optimizer,
-            rate=config.learning_rate,
+        batch = Batch(seen.observation, seen.mask, seen.action, seen.extras, seen.reward, *flags, seen.successor)
+        gradient, metrics = jax.grad(lambda params: loss(config, actor, critic, params, batch), has_aux=True)(
+            state.params
         )
-        state = state._replace(
-            step=state.step + 1,
-            params=state.params | params,
-            optimizer=optimizer_state,
-            interaction=interaction,
-        )
-        return state, metrics | interact.episodes(seen)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return State(state.step + 1, state.key, params, optimizer_state, interaction), metrics | interact.episodes(seen)
 
-    return Agent(init, step, on_policy.acting(actor), actor.memory, config.envs * config.steps)
+    return Agent(init, step, act, lambda: (), config.envs * config.steps)
 
 
 def loss(
@@ -125,8 +143,6 @@ def loss(
     critic: Network,
     params: dict[str, Any],
     batch: Batch,
-    *,
-    mask: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Actor's and critic's loss, whose gradient is the two rules above, averaged; with metrics.
 
@@ -134,9 +150,9 @@ def loss(
       config: weights and switches.
       params: {"actor", "critic"}.
       batch: what the behaviour did.
-      mask: [T, N, A] of allowed actions, or None.
     """
-    policy = on_policy.allowed(actor.step(params["actor"], batch.observation, ())[0], mask)
+    policy = actor.step(params["actor"], batch.observation, ())[0]
+    policy = policy if batch.mask is None else policy.masked(batch.mask)
     log_prob = policy.log_prob(batch.action)
     v_tm1 = critic.step(params["critic"], batch.observation, ())[0]
     v_t = jax.lax.stop_gradient(critic.step(params["critic"], batch.successor, ())[0])

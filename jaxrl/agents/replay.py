@@ -298,8 +298,8 @@ def descend(learnt: Learnt, part: str, gradient: Any, optimizer: optax.GradientT
 
 
 def polyak(target: Any, params: Any, rate: jax.Array | float) -> Any:
-    """target + rate (params - target), leaf by leaf: 0 keeps the target, 1 copies."""
-    return jax.tree.map(lambda old, new: old + rate * (new - old), target, params)
+    """(1 - rate) target + rate params, leaf by leaf: 0 keeps the target, 1 copies, both exactly."""
+    return jax.tree.map(lambda old, new: (1.0 - rate) * old + rate * new, target, params)
 
 
 def crossings(before: jax.Array, after: jax.Array, every: int) -> jax.Array:
