@@ -66,7 +66,7 @@ def pmap(make: Callable, config: Any, env: Env, devices: int, **networks: Any) -
     mapped: dict[Any, Callable] = {}
 
     def step(state, data=None):
-        axes = _on_environments(lambda _: 0, jax.tree.map(lambda _: None, state))
+        axes = jax.tree.map(lambda spec: 0 if AXIS in spec else None, _specs(state))
         structure = jax.tree.structure(state)
         if structure not in mapped:
             mapped[structure] = jax.pmap(part.step, axis_name=AXIS, in_axes=(axes,), out_axes=(axes, None))

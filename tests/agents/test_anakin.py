@@ -1,0 +1,57 @@
+"""Eight devices learn what one device with all the environments learns."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrl import envs
+from jaxrl.agents import a2c, anakin, ppo, reinforce, trpo
+from jaxrl.parallel import make_mesh
+
+CASES = {
+    "a2c": (a2c.make, a2c.A2CConfig(envs=8, steps=4, hidden=(4,), normalise_observations=True, normalise_rewards=True)),
+    "ppo": (ppo.make, ppo.PPOConfig(envs=8, steps=4, hidden=(4,), epochs=2, minibatches=1, recurrent=3)),
+    "trpo": (trpo.make, trpo.TRPOConfig(envs=8, steps=4, hidden=(4,), value_epochs=1, value_minibatches=1)),
+    "reinforce": (reinforce.make, reinforce.ReinforceConfig(envs=8, steps=12, hidden=(4,))),
+}
+
+
+def close(x, y):
+    for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_eight_devices_equal_one(name):
+    make, config = CASES[name]
+    env = envs.make("CartPole-v1")
+    one, many = make(config, env), anakin.shard(make, config, env, make_mesh("data=8"))
+    start = jax.jit(one.init)(jax.random.key(0))
+    alone, row = jax.jit(one.step)(start)
+    step = jax.jit(many.step)
+    spread, spread_row = step(start)
+    close(alone.params, spread.params)
+    close(alone.interaction.observation, spread.interaction.observation)
+    close({k: v for k, v in row.items()}, {k: v for k, v in spread_row.items()})
+    assert len(spread.interaction.observation.sharding.device_set) == 8
+    assert many.env_steps == one.env_steps == config.envs * config.steps
+
+
+def test_pmap_equals_shard_map():
+    make, config = CASES["a2c"]
+    env = envs.make("CartPole-v1")
+    mesh, mapped = anakin.shard(make, config, env, make_mesh("data=8")), anakin.pmap(make, config, env, 8)
+    start = jax.jit(mesh.init)(jax.random.key(0))
+    state, row = jax.jit(mesh.step)(start)
+    other, other_row = mapped.step(start)
+    close((state.params, state.interaction, state.rewards), (other.params, other.interaction, other.rewards))
+    close(row, other_row)
+    mapped.step(other)
+
+
+def test_environments_that_do_not_divide():
+    make, config = CASES["a2c"]
+    with pytest.raises(ValueError, match="multiple of the 8 devices"):
+        anakin.shard(make, dataclasses.replace(config, envs=12), envs.make("CartPole-v1"), make_mesh("data=8"))
