@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxrl import cli, config
+from jaxrl.agents import training
 from jaxrl.kernels.attention import BlockDiffusion, Causal, Chunked, Full, Prefix, Segments, Tree, Window, dense
 from jaxrl.losses import group, preference, reduce
 from jaxrl.metrics import GLOSSARY
@@ -42,11 +43,11 @@ def test_commands_parse(capsys):
     kinds = {"grpo": recipes.GRPORun, "sft": recipes.SFTRun}
     seen = 0
     for _, *words in commands:
-        if words[0] == "train":
+        if words[0] in ("train", "sweep"):
             flags = words[2:]
             if "--resume" in flags:
                 del flags[flags.index("--resume") : flags.index("--resume") + 2]
-            config.parse(kinds[words[1]], flags)
+            config.parse(kinds[words[1]] if words[1] in kinds else training.options(words[1]), flags)
             seen += 1
         else:
             assert any(name.split() == words[: len(name.split())] for name in cli.COMMANDS), words

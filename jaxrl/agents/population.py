@@ -94,8 +94,8 @@ def make(
         return Members(population.step + 1, agents), jax.tree.map(jnp.nanmean, metrics)
 
     def returns(population: Members, key: jax.Array):
-        one = lambda own, state: evaluate(agent(own), env, state.params, key, episodes=episodes).returns
-        return each(one, population.agents)
+        one = lambda own, state, key: evaluate(agent(own), env, state.params, key, episodes=episodes).returns
+        return each(one, population.agents, jax.random.split(key, len(members)))
 
     return Population(init, round, returns, updates * make_agent(config, env).env_steps)
 

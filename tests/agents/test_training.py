@@ -144,7 +144,6 @@ def test_commands(capsys, tmp_path):
     assert json.loads((tmp_path / "a" / "summary.json").read_text())["env_steps"] == 32
     assert cli.main(["eval", str(tmp_path / "a"), "--episodes", "2"]) == 0
     assert "seed 0: return" in capsys.readouterr().out
-    assert cli.main(["train", "ppo", "--resume", str(tmp_path / "a"), "--env-steps", "48"]) == 0
     assert cli.main(["sweep", "pqo"]) == 2
     assert "did you mean 'ppo'" in capsys.readouterr().err
     assert cli.main(["envs"]) == 0
