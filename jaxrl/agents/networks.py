@@ -98,7 +98,7 @@ def nothing() -> Network:
 
 def action_values(
     observations: Space,
-    actions: Discrete,
+    actions: Space,
     *,
     sizes: Sequence[int] = (64, 64),
     activation: Callable = nn.tanh,

@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jaxrl import returns
 from jaxrl.agents import interact, normalise
 from jaxrl.agents.networks import Network
-from jaxrl.distributions import Categorical, Distribution, Gaussian
+from jaxrl.distributions import Categorical, Gaussian
 from jaxrl.envs import statistics
 from jaxrl.envs.env import Discrete, Env, Space
 
@@ -105,8 +105,8 @@ def see(params: dict[str, Any], observation: Any) -> Any:
     return observation if seen == () else statistics.normalise(seen, observation)
 
 
-def allowed(policy: Distribution, mask: jax.Array | None) -> Distribution:
-    """The policy among allowed actions."""
+def allowed(policy: Any, mask: jax.Array | None) -> Any:
+    """The policy among allowed actions; only a `Categorical` can have a mask."""
     return policy if mask is None else policy.masked(mask)
 
 
@@ -160,8 +160,8 @@ def rollout(
     state: State,
     *,
     steps: int,
-    discount: jax.Array | float,
-    lambda_: jax.Array | float,
+    discount: Any,
+    lambda_: Any,
     axis_name: str | None = None,
 ) -> tuple[State, Batch, dict[str, jax.Array]]:
     """Acts for T steps, then judges them: values, advantages by `returns.gae`, targets.
@@ -262,7 +262,7 @@ def descend(
     *,
     rate: jax.Array | float,
     axis_name: str | None = None,
-) -> tuple[Any, Any, dict[str, jax.Array]]:
+) -> tuple[Any, Any, Any]:
     """One gradient step: trained - rate * optimizer(gradient of the loss).
 
     Args:
