@@ -15,8 +15,9 @@ from jaxrl.distributions import Categorical, Gaussian
 from jaxrl.envs import statistics
 from jaxrl.envs.env import Discrete, Env, Space
 
-ACTING, LEARNING, BEGINNING = 0, 1, 2
-"""What the random numbers of a step are for."""
+ACTING, LEARNING, BEGINNING = range(3)
+PURPOSES = 3
+"""What the random numbers of a step are for. Before the first step: actor, critic, environments."""
 
 
 class State(NamedTuple):
@@ -73,7 +74,7 @@ def init(
 
     The key is kept. With `only` ("actor" or "critic") the optimizer is that network's, not both's.
     """
-    keys = [jax.random.fold_in(jax.random.fold_in(key, 0), purpose) for purpose in range(3)]
+    keys = [jax.random.fold_in(key, purpose) for purpose in range(PURPOSES)]
     trained = {"actor": actor.init(keys[0]), "critic": critic.init(keys[1])}
     observations = statistics.statistics(env.observation_space.shape) if config.normalise_observations else ()
     return State(
@@ -89,7 +90,7 @@ def init(
 
 def draw_key(state: State, purpose: int) -> jax.Array:
     """The key of the step that comes next, for one purpose."""
-    return jax.random.fold_in(jax.random.fold_in(state.key, state.step + 1), purpose)
+    return jax.random.fold_in(state.key, PURPOSES * (state.step + 1) + purpose)
 
 
 def draw_noise(actions: Space, keys: jax.Array, steps: int) -> jax.Array:
@@ -137,7 +138,7 @@ def gather(
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * n
     key = draw_key(state, ACTING)
     noise_keys, env_keys = (
-        jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, purpose), i))(first + jnp.arange(n))
+        jax.vmap(lambda i: jax.random.fold_in(key, 2 * i + purpose))(first + jnp.arange(n))
         for purpose in range(2)
     )
 

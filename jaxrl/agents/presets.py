@@ -45,7 +45,7 @@ PRESETS: dict[tuple[str, str], tuple[Any, int]] = {
     ),
     ("reinforce", "CartPole-v1"): (ReinforceConfig(anneal=300), 1_200_000),
     ("reinforce", "Acrobot-v1"): (ReinforceConfig(envs=16, anneal=125), 1_000_000),
-    ("qac", "CartPole-v1"): (QACConfig(anneal=3906), 500_000),
+    ("qac", "CartPole-v1"): (QACConfig(baseline=True, anneal=3906), 500_000),
 }
 """(agent, environment) -> (config, environment steps to train for)."""
 
