@@ -6,9 +6,13 @@ config = presets.config("ppo", "Pendulum-v1")
 from typing import Any
 
 from jaxrl.agents.a2c import A2CConfig
+from jaxrl.agents.ddpg import DDPGConfig
+from jaxrl.agents.dqn import DQNConfig
 from jaxrl.agents.ppo import PPOConfig
 from jaxrl.agents.qac import QACConfig
 from jaxrl.agents.reinforce import ReinforceConfig
+from jaxrl.agents.sac import SACConfig
+from jaxrl.agents.td3 import TD3Config
 from jaxrl.agents.trpo import TRPOConfig
 
 PRESETS: dict[tuple[str, str], tuple[Any, int]] = {
@@ -46,6 +50,11 @@ PRESETS: dict[tuple[str, str], tuple[Any, int]] = {
     ("reinforce", "CartPole-v1"): (ReinforceConfig(anneal=300), 1_200_000),
     ("reinforce", "Acrobot-v1"): (ReinforceConfig(envs=16, anneal=125), 1_000_000),
     ("qac", "CartPole-v1"): (QACConfig(baseline=True, anneal=3906), 500_000),
+    ("dqn", "CartPole-v1"): (DQNConfig(), 200_000),
+    ("dqn", "Acrobot-v1"): (DQNConfig(), 200_000),
+    ("ddpg", "Pendulum-v1"): (DDPGConfig(), 20_000),
+    ("td3", "Pendulum-v1"): (TD3Config(), 20_000),
+    ("sac", "Pendulum-v1"): (SACConfig(), 20_000),
 }
 """(agent, environment) -> (config, environment steps to train for)."""
 
