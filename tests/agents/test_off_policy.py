@@ -33,12 +33,12 @@ CONFIGS = {
 }
 PAIRS = [
     ("dqn", "Probe-Delay"),
-    ("dqn plain", "Probe-Policy"),
+    pytest.param("dqn plain", "Probe-Policy", marks=pytest.mark.slow),
     ("dqn n-step prioritised", "Probe-Successor"),
     ("ddpg", "Probe-Successor"),
     ("td3", "Probe-Policy"),
     ("sac", "Probe-Delay"),
-    ("sac discrete", "Probe-Delay"),
+    pytest.param("sac discrete", "Probe-Delay", marks=pytest.mark.slow),
 ]
 
 
@@ -120,7 +120,7 @@ def assert_same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("name", ["dqn n-step prioritised", "td3", "sac"])
+@pytest.mark.parametrize("name", ["dqn n-step prioritised", pytest.param("td3", marks=pytest.mark.slow), "sac"])
 def test_runs_repeat_and_resume_bitwise(name, tmp_path):
     known = probes.delay(continuous=is_continuous(name))
     agent = make(name, known.env, rounds=15)
