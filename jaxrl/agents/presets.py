@@ -35,7 +35,7 @@ PRESETS: dict[tuple[str, str], tuple[Any, int]] = {
         ),
         300_000,
     ),
-    ("a2c", "CartPole-v1"): (A2CConfig(learning_rate=1e-3, anneal=3906), 500_000),
+    ("a2c", "CartPole-v1"): (A2CConfig(envs=16, discount=0.98, entropy=0.01, anneal=1953), 500_000),
     ("a2c", "Acrobot-v1"): (A2CConfig(envs=16, learning_rate=1e-3, entropy=0.01, anneal=1953), 500_000),
     ("a2c", "Pendulum-v1"): (
         A2CConfig(envs=16, steps=16, learning_rate=1e-3, discount=0.9, normalise_rewards=True, anneal=3906),
