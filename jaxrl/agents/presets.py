@@ -44,8 +44,8 @@ PRESETS: dict[tuple[str, str], tuple[Any, int]] = {
     ("trpo", "CartPole-v1"): (TRPOConfig(), 150_000),
     ("trpo", "Acrobot-v1"): (TRPOConfig(envs=16, steps=128), 300_000),
     ("trpo", "Pendulum-v1"): (
-        TRPOConfig(envs=16, steps=64, discount=0.9, max_kl=0.02, normalise_rewards=True),
-        300_000,
+        TRPOConfig(envs=16, steps=128, discount=0.9, lambda_=0.9, value_rate=3e-3, normalise_rewards=True),
+        400_000,
     ),
     ("reinforce", "CartPole-v1"): (ReinforceConfig(anneal=300), 1_200_000),
     ("reinforce", "Acrobot-v1"): (ReinforceConfig(envs=16, anneal=125), 1_000_000),
