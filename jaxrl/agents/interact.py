@@ -105,16 +105,17 @@ def collect(
         for purpose in range(2)
     )
     fresh = jax.vmap(jax.vmap(env.reset))(reset_keys)
+    numbers, to_keys = key_numbers(keys)
     packed, unpack = pack((interaction.env, interaction.observation))
     memories = copies(memory, n)
     record: list[Callable] = []  # how to unpack what a step leaves; known once it is traced
 
     def step(carry, drawn):
-        noise, keys, fresh = drawn
+        noise, numbers, fresh = drawn
         (states, observation), memory = unpack(carry[0]), carry[1]
         mask = None if env.action_mask is None else jax.vmap(env.action_mask)(states)
         action, memory, extras = act(observation, mask, memory, noise)
-        states, timestep = jax.vmap(env.step)(keys, states, within(env.action_space, action))
+        states, timestep = jax.vmap(env.step)(to_keys(numbers), states, within(env.action_space, action))
         done = timestep.terminated | timestep.truncated
         after, _ = pack((states, timestep.observation))
         left, unpack_left = pack((mask, action, timestep, extras))
@@ -122,7 +123,7 @@ def collect(
         return (where(done, fresh, after), where(done, memories, memory)), left
 
     first, _ = pack(fresh, axis=2)
-    (last, memory), left = jax.lax.scan(step, (packed, interaction.memory), (noise, keys, first), length=steps)
+    (last, memory), left = jax.lax.scan(step, (packed, interaction.memory), (noise, numbers, first), length=steps)
     mask, action, timestep, extras = record[-1](left)
     done = timestep.terminated | timestep.truncated
     observations = jax.tree.map(
@@ -157,6 +158,16 @@ def running_sums(start: jax.Array, values: jax.Array, done: jax.Array) -> tuple[
         return jnp.where(done, 0, total), total
 
     return jax.lax.scan(step, start, (values, done))
+
+
+def key_numbers(keys: jax.Array) -> tuple[jax.Array, Callable]:
+    """The numbers of an array of keys [...], and the way back: what to scan over in place of keys.
+
+    A scan moves its axis to the front, and in a `vmap` that transposes what it runs over. JAX's checker of keys takes a
+    transposed array of keys for a second use of them.
+    """
+    impl = jax.random.key_impl(keys)
+    return jax.random.key_data(keys), lambda numbers: jax.random.wrap_key_data(numbers, impl=impl)
 
 
 def pack(tree: Any, *, axis: int = 1) -> tuple[dict[str, jax.Array], Callable]:

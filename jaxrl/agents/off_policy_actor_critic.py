@@ -111,20 +111,14 @@ def make(config: OffPolicyActorCriticConfig, env: Env, *, behaviour: Callable | 
 
     def step(state: State, data: Any = None) -> tuple[State, dict[str, jax.Array]]:
         noise_key, env_key = jax.random.split(jax.random.fold_in(state.key, state.step + 1))
+        noise, to_key = interact.key_numbers(jax.random.split(noise_key, config.steps))
 
-        def behave(observation, mask, memory, key):
+        def behave(observation, mask, memory, noise):
             chosen = behaviour(policy_of(state.params, observation, mask), observation)
-            action = jax.random.categorical(key, chosen.logits)
+            action = jax.random.categorical(to_key(noise), chosen.logits)
             return action, (), chosen.log_prob(action)
 
-        interaction, seen = interact.collect(
-            env,
-            behave,
-            state.interaction,
-            env_key,
-            steps=config.steps,
-            noise=jax.random.split(noise_key, config.steps),
-        )
+        interaction, seen = interact.collect(env, behave, state.interaction, env_key, steps=config.steps, noise=noise)
         flags = seen.terminated, seen.truncated
         batch = Batch(seen.observation, seen.mask, seen.action, seen.extras, seen.reward, *flags, seen.successor)
         gradient, metrics = jax.grad(lambda params: loss(config, actor, critic, params, batch), has_aux=True)(

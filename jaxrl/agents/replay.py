@@ -204,8 +204,10 @@ def make(env: Env, learner: Learner, config: Config, memory: Memory) -> Agent:
         key, before = now
         act_key, env_key, draw_key, learn_key = jax.random.split(key, 4)
 
-        def act(observation, mask, _, key):
-            keys = jax.random.split(key)
+        noise, to_key = interact.key_numbers(jax.random.split(act_key, config.steps))
+
+        def act(observation, mask, _, noise):
+            keys = jax.random.split(to_key(noise))
             choices = [
                 lambda: learner.uniform(learnt.params, observation, keys[0], before),
                 lambda: learner.explore(learnt.params, observation, keys[1], before),
@@ -213,9 +215,7 @@ def make(env: Env, learner: Learner, config: Config, memory: Memory) -> Agent:
             action, stored = jax.lax.cond(before < config.warmup, *choices)
             return action, (), stored
 
-        interaction, trajectory = interact.collect(
-            env, act, interaction, env_key, steps=config.steps, noise=jax.random.split(act_key, config.steps)
-        )
+        interaction, trajectory = interact.collect(env, act, interaction, env_key, steps=config.steps, noise=noise)
         buffer = memory.extend(buffer, _transitions(trajectory))
         after = before + per_round
         batch, index = draw(buffer, draw_key)
@@ -238,7 +238,9 @@ def make(env: Env, learner: Learner, config: Config, memory: Memory) -> Agent:
         keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step), config.rounds)
         before = (state.step * config.rounds + jnp.arange(config.rounds)) * per_round
         carry = (state.learnt, state.interaction, state.buffer)
-        carry, (ends, learning, metrics) = jax.lax.scan(one_round, carry, (keys, before))
+        numbers, to_key = interact.key_numbers(keys)
+        play = lambda carry, now: one_round(carry, (to_key(now[0]), now[1]))
+        carry, (ends, learning, metrics) = jax.lax.scan(play, carry, (numbers, before))
         learnt, interaction, buffer = carry
         mean = lambda x: jnp.where(learning, x, 0.0).sum() / learning.sum(dtype=jnp.float32)
         metrics = interact.episodes(ends) | jax.tree.map(mean, metrics)
@@ -281,12 +283,15 @@ def over_minibatches(update: Callable, learnt: Learnt, batch: Any, key: jax.Arra
       learnt, TD errors [U, B], and metrics meant over the updates.
     """
 
+    updates = jax.tree.leaves(batch)[0].shape[0]
+    numbers, to_key = interact.key_numbers(jax.random.split(key, updates))
+
     def one(learnt, now):
-        learnt, errors, metrics = update(learnt, *now)
+        batch, numbers = now
+        learnt, errors, metrics = update(learnt, batch, to_key(numbers))
         return learnt, (errors, metrics)
 
-    updates = jax.tree.leaves(batch)[0].shape[0]
-    learnt, (errors, metrics) = jax.lax.scan(one, learnt, (batch, jax.random.split(key, updates)))
+    learnt, (errors, metrics) = jax.lax.scan(one, learnt, (batch, numbers))
     return learnt, errors, jax.tree.map(lambda x: x.mean(axis=0), metrics)
 
 

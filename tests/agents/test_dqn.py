@@ -12,13 +12,6 @@ RNG = np.random.default_rng(0)
 ENV = make_env("CartPole-v1")
 
 
-@pytest.fixture(autouse=True)
-def no_false_alarms():
-    """JAX's checker of keys takes a transposed array of keys for a second use of them."""
-    with jax.debug_key_reuse(False):
-        yield
-
-
 def test_targets_against_a_loop():
     """Terminated, truncated (bootstraps from the successor), and both at once (termination wins)."""
     rows = 6

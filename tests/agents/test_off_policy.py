@@ -42,13 +42,6 @@ PAIRS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def no_false_alarms():
-    """JAX's checker of keys takes a transposed array of keys for a second use of them."""
-    with jax.debug_key_reuse(False):
-        yield
-
-
 def make(name, env, **changes):
     module = {"dqn": dqn, "ddpg": ddpg, "td3": td3, "sac": sac}[name.split()[0]]
     return module.make(dataclasses.replace(CONFIGS[name], **changes), env)

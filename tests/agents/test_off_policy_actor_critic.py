@@ -1,6 +1,7 @@
 """Importance weights: exact expectations over enumerated actions, A2C's gradient where behaviour and policy agree."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -38,10 +39,12 @@ def batch_of(params, log_prob=None):
     return opac.Batch(observation, None, action, log_prob, reward, terminated, truncated, successor)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def gradient(config, params, batch):
     return jax.grad(lambda p: opac.loss(config, ACTOR, CRITIC, p, batch)[0])(params)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 3))
 def a2c(config, params, batch, lambda_):
     """The gradient of advantage actor-critic, with the estimates of `returns.gae`."""
 
@@ -66,9 +69,10 @@ def assert_trees_close(a, b):
 def test_on_policy_it_is_a2c():
     params = parameters()
     batch = batch_of(params)
-    assert_trees_close(gradient(CONFIG, params, batch), a2c(CONFIG, params, batch, 0.0))
+    expected = a2c(CONFIG, params, batch, 0.0)
+    assert_trees_close(gradient(CONFIG, params, batch), expected)
     vtrace = dataclasses.replace(CONFIG, vtrace=True, lambda_=0.0)
-    assert_trees_close(gradient(vtrace, params, batch), a2c(CONFIG, params, batch, 0.0))
+    assert_trees_close(gradient(vtrace, params, batch), expected)
 
 
 def test_weights_scale_each_step():
@@ -133,9 +137,8 @@ def test_learns_from_a_uniform_behaviour(vtrace):
         envs=8, steps=8, hidden=(16,), learning_rate=1e-2, discount=0.8, entropy=0.0, vtrace=vtrace
     )
     uniform = lambda policy, observation: Categorical(jnp.zeros_like(policy.logits))
-    with jax.debug_key_reuse(False):  # the checker takes a transposed array of keys for a second use of them
-        agent = opac.make(config, known.env, behaviour=uniform)
-        state, _ = jax.jit(lambda key: jax.lax.scan(agent.step, agent.init(key), length=300))(jax.random.key(0))
+    agent = opac.make(config, known.env, behaviour=uniform)
+    state, _ = jax.jit(lambda key: jax.lax.scan(agent.step, agent.init(key), length=300))(jax.random.key(0))
     assert int(agent.act(state.params, jnp.zeros(1), (), None)[0]) == 1
     critic = networks.critic(known.env.observation_space, sizes=(16,))
     values = critic.step(state.params["critic"], jnp.asarray(known.observations), ())[0]
