@@ -1,6 +1,7 @@
 """Eight devices learn what one device with all the environments learns."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -23,28 +24,33 @@ def close(x, y):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_eight_devices_equal_one(name):
+@functools.cache
+def run(name):
+    """A start, and one step from it on one device and on eight."""
     make, config = CASES[name]
     env = envs.make("CartPole-v1")
     one, many = make(config, env), anakin.shard(make, config, env, make_mesh("data=8"))
-    start = jax.jit(one.init)(jax.random.key(0))
-    alone, row = jax.jit(one.step)(start)
-    step = jax.jit(many.step)
-    spread, spread_row = step(start)
+    assert many.env_steps == one.env_steps == config.envs * config.steps
+    start, alone = jax.jit(lambda key: (state := one.init(key), one.step(state)))(jax.random.key(0))
+    return start, alone, jax.jit(many.step)(start)
+
+
+@pytest.mark.parametrize(
+    "name", ["a2c", "ppo", *(pytest.param(n, marks=pytest.mark.slow) for n in ("trpo", "reinforce"))]
+)
+def test_eight_devices_equal_one(name):
+    start, (alone, row), (spread, spread_row) = run(name)
     close(alone.params, spread.params)
     close(alone.interaction.observation, spread.interaction.observation)
     close({k: v for k, v in row.items()}, {k: v for k, v in spread_row.items()})
     assert len(spread.interaction.observation.sharding.device_set) == 8
-    assert many.env_steps == one.env_steps == config.envs * config.steps
 
 
 def test_pmap_equals_shard_map():
     make, config = CASES["a2c"]
     env = envs.make("CartPole-v1")
-    mesh, mapped = anakin.shard(make, config, env, make_mesh("data=8")), anakin.pmap(make, config, env, 8)
-    start = jax.jit(mesh.init)(jax.random.key(0))
-    state, row = jax.jit(mesh.step)(start)
+    mapped = anakin.pmap(make, config, env, 8)
+    start, _, (state, row) = run("a2c")
     other, other_row = mapped.step(start)
     close((state.params, state.interaction, state.rewards), (other.params, other.interaction, other.rewards))
     close(row, other_row)
