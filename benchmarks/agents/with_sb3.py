@@ -9,7 +9,7 @@ import stable_baselines3 as sb3
 import torch
 from stable_baselines3.common.env_util import make_vec_env
 
-PART = {"ppo": 10, "dqn": 20, "td3": 4, "sac": 4}  # its step takes the same time at any length of the run
+PART = {"ppo": 10, "dqn": 20, "td3": 4, "sac": 4}  # once it learns, its steps all take the same time
 
 
 def model(case: cases.Case):
@@ -47,17 +47,23 @@ def model(case: cases.Case):
 
 
 def main():
-    """Prints one JSON line; the times are scaled from the part that ran to all steps."""
+    """Prints one JSON line; the times of the warm-up and of a part of the rest are scaled to all steps."""
     parser = argparse.ArgumentParser()
     parser.add_argument("case", choices=cases.CASES)
     options = parser.parse_args()
     torch.set_num_threads(1)
     case = cases.CASES[options.case]
-    learner, steps = model(case), case.steps // PART[case.agent]
-    cpu, wall = time.process_time(), time.perf_counter()
-    learner.learn(steps)
-    scale = case.steps / learner.num_timesteps
-    run = ((time.process_time() - cpu) * scale, (time.perf_counter() - wall) * scale)
+    learner, warmup = model(case), case.settings.get("warmup", 0)
+    cpu, wall, done = [0.0], [0.0], [0]
+    for steps in (warmup, (case.steps - warmup) // PART[case.agent]):
+        begun = time.process_time(), time.perf_counter()
+        if steps:
+            learner.learn(steps, reset_num_timesteps=False)
+        cpu.append(time.process_time() - begun[0])
+        wall.append(time.perf_counter() - begun[1])
+        done.append(learner.num_timesteps)
+    scale = (case.steps - done[1]) / (done[2] - done[1])
+    run = (cpu[1] + scale * cpu[2], wall[1] + scale * wall[2])
     measured = {"steps": case.steps, "steps_measured": learner.num_timesteps}
     print(json.dumps(cases.line("sb3", options.case, trace=0.0, compile=0.0, runs=[run], **measured)))
 

@@ -61,7 +61,7 @@ def make(
       updates: of each member in a round.
       episodes: greedy episodes of an evaluation.
       side_by_side: True runs members as one batch (`vmap`), False one after another within the program. None takes
-        the batch on accelerators and not on CPU, where it gains no time and compiles several times longer.
+        the batch on accelerators and not on CPU, where it gains little and takes up to twice as long to compile.
 
     Raises:
       ValueError: a field that the config does not have, or that is not a float.
