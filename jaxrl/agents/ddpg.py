@@ -5,8 +5,8 @@
 
 with q' and mu' slow copies. DDPG is one critic without smoothing noise, updated together with the actor; `td3` has
 other values of `critics`, `actor_every` and `target_noise`. Deviations: the noise of exploration is Gaussian, not an
-Ornstein-Uhlenbeck process; the action enters the critic's first layer; no batch normalisation, no weight decay. A
-truncated episode bootstraps.
+Ornstein-Uhlenbeck process, but may stay the same for some steps (`hold`), which serves the same end; the action enters
+the critic's first layer; no batch normalisation, no weight decay. A truncated episode bootstraps.
 """
 
 import dataclasses
@@ -53,6 +53,8 @@ class DDPGConfig:
     """Fraction by which the slow copies move at each update."""
     noise: float = 0.1
     """Standard deviation of the exploring noise."""
+    hold: int = 1
+    """Steps of an environment through which the exploring noise, and a random action of the warm-up, stays the same."""
     critics: int = 1
     """Critics, of which the smallest value is the target."""
     actor_every: int = 1
@@ -129,7 +131,7 @@ def make(config: DDPGConfig, env: Env, *, memory: replay.Memory | None = None) -
     def learn(learnt, batch, key, before, after):
         return replay.over_minibatches(update, learnt, batch, key)
 
-    learner = replay.Learner(init, explore, uniform, learn, act)
+    learner = replay.Learner(init, explore, uniform, learn, act, config.hold)
     return replay.make(env, learner, config, memory or replay.uniform(config.n_step))
 
 

@@ -54,6 +54,14 @@ PRESETS: dict[tuple[str, str], tuple[Any, int]] = {
     ("dqn", "Acrobot-v1"): (DQNConfig(), 200_000),
     ("ddpg", "Pendulum-v1"): (DDPGConfig(), 20_000),
     ("td3", "Pendulum-v1"): (TD3Config(), 20_000),
+    ("ddpg", "MountainCarContinuous-v0"): (
+        DDPGConfig(envs=4, updates=4, batch=128, warmup=5_000, noise=0.6, hold=25),
+        50_000,
+    ),
+    ("td3", "MountainCarContinuous-v0"): (
+        TD3Config(envs=4, updates=4, batch=128, warmup=5_000, noise=0.6, hold=25),
+        50_000,
+    ),
     ("sac", "Pendulum-v1"): (SACConfig(), 20_000),
 }
 """(agent, environment) -> (config, environment steps to train for)."""

@@ -83,6 +83,7 @@ class Learner(NamedTuple):
     `learn`: `(learnt, batch [U, B, ...], key, env_steps before the round, after it) -> (learnt, TD errors [U, B],
     metrics)`.
     `act`: as `Agent.act`.
+    `hold`: environment steps through which `explore` and `uniform` get the same key, and so the same noise.
     """
 
     init: Callable
@@ -90,6 +91,7 @@ class Learner(NamedTuple):
     uniform: Callable
     learn: Callable
     act: Callable
+    hold: int = 1
 
 
 class Memory(NamedTuple):
@@ -199,12 +201,18 @@ def make(env: Env, learner: Learner, config: Config, memory: Memory) -> Agent:
         batch = Batch(*collapse(items), weights)
         return jax.tree.map(lambda x: x.reshape(config.updates, config.batch, *x.shape[1:]), batch), index
 
+    def noise_keys(key, base, before):
+        if learner.hold == 1:
+            return jax.random.split(key, config.steps)
+        times = before // config.envs + jnp.arange(config.steps)
+        return jax.vmap(lambda time: jax.random.fold_in(base, time // learner.hold))(times)
+
     def one_round(carry, now):
         learnt, interaction, buffer = carry
-        key, before = now
+        key, base, before = now
         act_key, env_key, draw_key, learn_key = jax.random.split(key, 4)
 
-        noise, to_key = interact.key_numbers(jax.random.split(act_key, config.steps))
+        noise, to_key = interact.key_numbers(noise_keys(act_key, base, before))
 
         def act(observation, mask, _, noise):
             keys = jax.random.split(to_key(noise))
@@ -239,7 +247,8 @@ def make(env: Env, learner: Learner, config: Config, memory: Memory) -> Agent:
         before = (state.step * config.rounds + jnp.arange(config.rounds)) * per_round
         carry = (state.learnt, state.interaction, state.buffer)
         numbers, to_key = interact.key_numbers(keys)
-        play = lambda carry, now: one_round(carry, (to_key(now[0]), now[1]))
+        base = jax.random.fold_in(state.key, 2)
+        play = lambda carry, now: one_round(carry, (to_key(now[0]), base, now[1]))
         carry, (ends, learning, metrics) = jax.lax.scan(play, carry, (numbers, before))
         learnt, interaction, buffer = carry
         mean = lambda x: jnp.where(learning, x, 0.0).sum() / learning.sum(dtype=jnp.float32)

@@ -59,6 +59,8 @@ class SACConfig:
     """Rewards in a target before it bootstraps."""
     target_rate: float = 0.005
     """Fraction by which the slow copies move at each update."""
+    hold: int = 1
+    """Steps of an environment through which the noise of a draw, and a random action of the warm-up, stays the same."""
     critics: int = 2
     """Critics, of which the smallest value is believed."""
     temperature: float = 1.0
@@ -154,7 +156,7 @@ def make(config: SACConfig, env: Env) -> Agent:
     def learn(learnt, batch, key, before, after):
         return replay.over_minibatches(update, learnt, batch, key)
 
-    learner = replay.Learner(init, explore, uniform, learn, act)
+    learner = replay.Learner(init, explore, uniform, learn, act, config.hold)
     return replay.make(env, learner, config, replay.uniform(config.n_step))
 
 

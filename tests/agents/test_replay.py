@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrl import returns
-from jaxrl.agents import dqn, replay
+from jaxrl.agents import ddpg, dqn, replay
 from jaxrl.agents.replay import Transition
 from jaxrl.envs import make as make_env
 
@@ -89,3 +89,14 @@ def test_refuses_sizes_that_do_not_fit():
         dqn.make(dqn.DQNConfig(warmup=5), env)
     with pytest.raises(ValueError, match="action masks"):
         dqn.make(dqn.DQNConfig(), env._replace(action_mask=lambda state: jnp.ones(2, bool)))
+
+
+def test_noise_is_held_for_so_many_steps():
+    """Random actions of the warm-up change at every third step of an environment, and not in between."""
+    config = ddpg.DDPGConfig(envs=2, batch=2, rounds=7, capacity=40, warmup=40, hold=3, hidden=(4,))
+    agent = ddpg.make(config, make_env("Pendulum-v1"))
+    state = jax.jit(lambda key: agent.step(agent.init(key))[0])(jax.random.key(0))
+    actions = np.asarray(state.buffer.items.action)[:7, :, 0]
+    changes = (actions[1:] != actions[:-1]).all(axis=1)
+    np.testing.assert_array_equal(changes, [False, False, True, False, False, True])
+    assert (actions[:, 0] != actions[:, 1]).all()
