@@ -131,7 +131,8 @@ def train_agent(name: str, argv: Sequence[str], *, prog: str = "", **changes) ->
     """`jaxrl train AGENT`: the defaults are those tuned for the environment that the flags name."""
     from jaxrl.agents import training
 
-    options = dataclasses.replace(training.options(name, _value(argv, "--env") or training.AgentRun.env), **changes)
+    env = _value(argv, "--env") or training.AgentRun.env
+    options = dataclasses.replace(training.options(name, env), **changes)
     train = lambda run, resume: training.train(name, run, resume=resume)
     outcome = _train(name, options, train, argv, next_steps=training.next_steps, prog=prog)
     if len(outcome.summary["members"]) > 1:
@@ -347,17 +348,19 @@ def _usage() -> str:
     )
 
 
-_TAKES = {"--resume": "a run folder", "--env": "an environment", "--grid": "values"}
+_TAKES = {"--resume": "a run folder", "--env": "an environment", "--config": "a TOML file"}
 
 
 def _value(argv: Sequence[str], flag: str) -> str | None:
-    """What follows `flag` in the arguments, or in the run folder that `--resume` names."""
+    """What follows `flag` in the arguments, or stands in the file of `--config` or the run folder of `--resume`."""
     from jaxrl import runs
 
-    given = _take(list(argv), flag)[0]
-    folder = _take(list(argv), "--resume")[0]
+    given, name = _take(list(argv), flag)[0], flag.removeprefix("--")
+    file, folder = _take(list(argv), "--config")[0], _take(list(argv), "--resume")[0]
+    if given is None and file is not None:
+        given = config.read_toml(file).get(name)
     if given is None and folder is not None:
-        given = runs.read_config(folder)[1].get(flag.removeprefix("--"))
+        given = runs.read_config(folder)[1].get(name)
     return given
 
 

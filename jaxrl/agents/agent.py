@@ -18,8 +18,8 @@ class Agent(NamedTuple):
     `init`: `(key) -> state`, where `state.step` counts updates and `state.params` is what `act` takes.
     `step`: `(state, data=None) -> (state, metrics)`, one round of acting and learning; metrics are scalars. `data` is
     for `loop.run`, which hands every step the same; agents take none.
-    `act`: `(params, observation, memory, key) -> (action, memory)` for one observation, no batch axis; a key of None
-    means the greedy action.
+    `act`: `(params, observation, memory, key, mask=None) -> (action, memory)` for one observation, no batch axis; a key
+    of None means the greedy action, `mask` bool [n] the actions allowed.
     `memory`: `() -> memory` before the first observation of an episode; () for policies that have none.
     `env_steps`: environment steps one `step` takes, all environments together.
     """

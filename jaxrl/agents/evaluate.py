@@ -51,8 +51,9 @@ def evaluate(
     begin_key, loop_key = jax.random.split(key)
     start = begin(env, begin_key, episodes, memory=agent.memory())
 
-    def act(observation, memory, key):
-        return agent.act(params, observation, memory, None if greedy else key)
+    def act(state, observation, memory, key):
+        mask = () if env.action_mask is None else (env.action_mask(state),)
+        return agent.act(params, observation, memory, None if greedy else key, *mask)
 
     def unfinished(carry):
         return (carry[0] < max_steps) & ~carry[2].all()
@@ -60,7 +61,7 @@ def evaluate(
     def step(carry):
         time, now, finished = carry
         act_key, env_key = jax.random.split(jax.random.fold_in(loop_key, time))
-        action, memory = jax.vmap(act)(now.observation, now.memory, jax.random.split(act_key, episodes))
+        action, memory = jax.vmap(act)(now.env, now.observation, now.memory, jax.random.split(act_key, episodes))
         states, timestep = jax.vmap(env.step)(
             jax.random.split(env_key, episodes), now.env, within(env.action_space, action)
         )

@@ -36,7 +36,8 @@ def record(agent: Agent, env: Env, params: Any, key: jax.Array, *, steps: int = 
 
     def step(carry, key):
         state, observation, memory = carry
-        action, memory = agent.act(params, observation, memory, None)
+        mask = () if env.action_mask is None else (env.action_mask(state),)
+        action, memory = agent.act(params, observation, memory, None, *mask)
         state, timestep = env.step(key, state, within(env.action_space, action))
         return (state, timestep.observation, memory), (state, timestep.terminated | timestep.truncated)
 

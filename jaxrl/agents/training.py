@@ -32,15 +32,15 @@ class AgentRun:
     out: str = ""
     """Run folder; empty chooses runs/<agent>-<env>."""
     env_steps: int = 500_000
-    """Environment steps of each member, rounded up to whole rounds (there are `points` of them)."""
+    """Environment steps of each member, those before a resume included; rounded up to whole rounds."""
+    round_steps: int = 0
+    """Environment steps of a round, after which come an evaluation and a log line; 0: a fiftieth of env_steps."""
     seed: int = 0
     """Everything random follows from it."""
     seeds: int = 1
     """Members that differ in their seed alone: seed, seed + 1, ..."""
     grid: tuple[str, ...] = ()
     """Values of the agent's numbers to combine, such as learning_rate=1e-3,3e-4 entropy=0.0,0.01."""
-    points: int = 50
-    """Rounds, and so evaluations and log lines, of a run."""
     episodes: int = 32
     """Greedy episodes in an evaluation."""
     saves: int = 5
@@ -63,7 +63,8 @@ def options(agent: str, env: str = "CartPole-v1") -> Any:
     own, env_steps = PRESETS.get((agent, env)) or (entry.config(), AgentRun.env_steps)
     field = ("agent", entry.config, dataclasses.field(default_factory=lambda: own))
     run = dataclasses.make_dataclass(f"{entry.config.__name__}Run", [field], bases=(AgentRun,), frozen=True)
-    run.__doc__ = f"{catalogue.AGENTS[agent][1].capitalize()}, on {env}."
+    text = catalogue.AGENTS[agent][1]
+    run.__doc__ = f"{text[0].upper()}{text[1:]}, on {env}."
     return run(env=env, env_steps=env_steps)
 
 
@@ -82,18 +83,19 @@ def train(name: str, run: Any, *, resume: bool = False, display: Display | None 
     run = dataclasses.replace(run, out=run.out or f"runs/{name}-{run.env}".replace(":", "-"))
     folder, members = Path(run.out), members_of(run)
     people, rounds = gather(name, run, members)
+    run = dataclasses.replace(run, round_steps=people.env_steps)
     shapes = jax.eval_shape(people.init)
     jax.eval_shape(people.round, shapes)  # what does not fit together is found before anything is written
     if resume:
-        runs.read_config(folder)
+        _check_same_rounds(folder, run)
     else:
         runs.check_new(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-    runs.write_config(folder, name, run)
     if checkpoint.steps(folder / runs.CHECKPOINTS):
         state, done = checkpoint.restore(folder / runs.CHECKPOINTS, shapes)
     else:
         state, done = jax.jit(people.init)(), 0
+    folder.mkdir(parents=True, exist_ok=True)
+    runs.write_config(folder, name, run)
     log = metrics.MetricsLog(folder / runs.METRICS, after_step=done * people.env_steps)
     spent = max((row.get("time/elapsed", 0.0) for row in metrics.read(log.path)), default=0.0)
     begun = time.perf_counter()
@@ -108,7 +110,7 @@ def train(name: str, run: Any, *, resume: bool = False, display: Display | None 
                 state, done = progress.state, progress.step
                 compiled += progress.compile_seconds
                 rate = people.env_steps * len(members) / progress.seconds
-                returns = np.asarray(evaluate(state, jax.random.fold_in(jax.random.key(run.seed), done)))
+                returns = np.asarray(evaluate(state, _evaluation_key(run.seed, done)))
                 row = {
                     **progress.metrics[0],
                     "eval/return": float(returns.mean()),
@@ -150,28 +152,36 @@ def members_of(run: AgentRun) -> list[dict[str, float]]:
     Raises:
       ValueError: a grid that cannot be read, or no seeds.
     """
-    if run.seeds < 1 or run.points < 1 or run.env_steps < 1:
-        raise ValueError(
-            f"seeds is {run.seeds}, points {run.points} and env_steps {run.env_steps}; expected at least 1 of each"
-        )
+    if run.seeds < 1 or run.env_steps < 1:
+        raise ValueError(f"seeds is {run.seeds} and env_steps {run.env_steps}; expected at least 1 of each")
     grid = {}
     for word in run.grid:
         name, _, values = word.partition("=")
+        name = name.replace("-", "_")
+        if name == "seed":
+            raise ValueError(f"grid {word!r}: seeds are not part of the grid; use --seed and --seeds")
+        if name in grid:
+            raise ValueError(f"grid names {name!r} twice; list its values once, as in {name}=1e-3,3e-4")
         try:
-            grid[name.replace("-", "_")] = [float(value) for value in values.split(",")]
+            grid[name] = [float(value) for value in values.split(",")]
         except ValueError:
             raise ValueError(f"grid {word!r} is not of the form learning_rate=1e-3,3e-4") from None
     return population.combinations(grid, range(run.seed, run.seed + run.seeds))
 
 
 def gather(name: str, run: Any, members: list[dict[str, float]]) -> tuple[population.Population, int]:
-    """The population of a run, and the rounds it takes."""
+    """The population of a run, and the rounds it takes. An `anneal` of -1 in the agent's config becomes the run's."""
     env = envs.make(run.env)
     make_agent = catalogue.find(name).make
-    updates = -(-run.env_steps // make_agent(run.agent, env).env_steps)
-    each = -(-updates // run.points)
-    people = population.make(make_agent, run.agent, env, members, updates=each, episodes=run.episodes)
-    return people, -(-updates // each)
+    agent = run.agent if getattr(run.agent, "anneal", 0) != -1 else dataclasses.replace(run.agent, anneal=0)
+    of_update = make_agent(agent, env).env_steps
+    updates = -(-run.env_steps // of_update)
+    each = max(1, round(run.round_steps / of_update) if run.round_steps else updates // 50)
+    rounds = -(-updates // each)
+    if agent is not run.agent:
+        agent = dataclasses.replace(agent, anneal=rounds * each)
+    people = population.make(make_agent, agent, env, members, updates=each, episodes=run.episodes)
+    return people, rounds
 
 
 def open_run(folder: str | Path) -> tuple[str, Any, population.Population, population.Members]:
@@ -194,8 +204,8 @@ def evaluate(folder: str | Path, *, episodes: int = 100) -> list[tuple[dict[str,
     name, run, _, state = open_run(folder)
     members = members_of(run)
     people, _ = gather(name, dataclasses.replace(run, episodes=episodes), members)
-    key = jax.random.fold_in(jax.random.key(run.seed), 1 << 31)  # no round has this number
-    return list(zip(members, np.asarray(jax.jit(people.evaluate)(state, key)), strict=True))
+    returns = jax.jit(people.evaluate)(state, _evaluation_key(run.seed, 0))  # round 0 is never evaluated
+    return list(zip(members, np.asarray(returns), strict=True))
 
 
 def make_film(folder: str | Path, path: str | Path, *, member: int = 0, seed: int = 0, steps: int = 500) -> Path:
@@ -227,6 +237,21 @@ def next_steps(folder: str | Path) -> str:
         "train on": f"jaxrl train {kind} --resume {path} --env-steps {2 * values['env_steps']}",
     }
     return "\n".join(f"{what:<18}{command}" for what, command in lines.items())
+
+
+def _check_same_rounds(folder: Path, run: Any) -> None:
+    """A population counts rounds, so a resumed run must go on in rounds of the same length."""
+    saved = runs.read_config(folder)[1]["round_steps"]
+    if saved != run.round_steps:
+        raise ValueError(
+            f"rounds of {folder} have {saved} environment steps, and these flags give {run.round_steps}; "
+            "resume without --round-steps and without what changes the steps of an update"
+        )
+
+
+def _evaluation_key(seed: int, done: int) -> jax.Array:
+    """Of a domain of its own: agents fold small numbers into the run's key."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), (1 << 32) - 1), done)
 
 
 def _score(returns: np.ndarray) -> dict[str, Any]:

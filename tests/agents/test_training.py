@@ -9,13 +9,14 @@ import pytest
 
 from jaxrl import cli, envs, metrics
 from jaxrl.agents import catalogue, film, population, ppo, training
+from jaxrl.agents.evaluate import evaluate
 
 SMALL = ppo.PPOConfig(envs=2, steps=8, epochs=1, minibatches=1, hidden=(8,))
 
 
 def small(out, **changes):
     run = dataclasses.replace(training.options("ppo", "CartPole-v1"), agent=SMALL, out=str(out))
-    return dataclasses.replace(run, **{"env_steps": 64, "points": 2, "episodes": 2, **changes})
+    return dataclasses.replace(run, **{"env_steps": 64, "round_steps": 32, "episodes": 2, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_the_log_has_a_row_for_each_round(finished):
 
 
 def test_resumed_is_uninterrupted(tmp_path, monkeypatch):
-    whole = training.train("ppo", small(tmp_path / "whole", env_steps=96, points=3))
+    whole = training.train("ppo", small(tmp_path / "whole", env_steps=96))
     real, calls = training.metrics_line, []
 
     def interrupt(row):
@@ -65,8 +66,8 @@ def test_resumed_is_uninterrupted(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training, "metrics_line", interrupt)
-        training.train("ppo", small(tmp_path / "cut", env_steps=96, points=3))
-    resumed = training.train("ppo", small(tmp_path / "cut", env_steps=96, points=3), resume=True)
+        training.train("ppo", small(tmp_path / "cut", env_steps=96))
+    resumed = training.train("ppo", small(tmp_path / "cut", env_steps=96), resume=True)
     same = lambda a, b: np.array_equal(*(jax.random.key_data(x) if _is_key(x) else x for x in (a, b)))
     assert jax.tree.all(jax.tree.map(same, whole.members, resumed.members))
     logs = [list(metrics.read(outcome.folder / "metrics.jsonl")) for outcome in (whole, resumed)]
@@ -77,6 +78,57 @@ def test_resumed_is_uninterrupted(tmp_path, monkeypatch):
 
 def _is_key(x):
     return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def test_a_longer_run_goes_on_where_the_shorter_one_ended(tmp_path):
+    """In rounds of the same length, whatever the flags; what does not fit leaves the folder as it was."""
+    out = tmp_path / "run"
+    training.train("ppo", small(out, env_steps=32))
+    before = (out / "config.json").read_text()
+    for changes, fault in (
+        ({"round_steps": 16}, "rounds of .* have 32 environment steps"),
+        ({"agent": dataclasses.replace(SMALL, hidden=(4,))}, "does not fit this configuration"),
+    ):
+        with pytest.raises(ValueError, match=fault):
+            training.train("ppo", small(out, env_steps=64, **changes), resume=True)
+    assert (out / "config.json").read_text() == before
+    longer = training.train("ppo", small(out, env_steps=64), resume=True)
+    assert longer.summary["env_steps"] == 64 and int(longer.members.step) == 2
+    assert [row["step"] for row in metrics.read(out / "metrics.jsonl")] == [32, 64]
+
+
+def test_annealing_over_the_whole_run():
+    run = small("x", env_steps=100, agent=dataclasses.replace(SMALL, anneal=-1))
+    seen = []
+    keep = lambda config, env: (seen.append(config.anneal), ppo.make(config, env))[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalogue, "find", lambda name: catalogue.Entry(ppo.PPOConfig, keep))
+        _, rounds = training.gather("ppo", run, training.members_of(run))
+    assert rounds == 4 and seen[-1] == 8  # 4 rounds of 2 updates of 16 steps
+
+
+def test_the_settings_are_those_of_the_environment(tmp_path):
+    """Wherever it is named: as a flag, in a file, in a folder."""
+    (tmp_path / "run.toml").write_text('env = "Pendulum-v1"')
+    assert cli._value(["--config", str(tmp_path / "run.toml")], "--env") == "Pendulum-v1"
+    assert cli._value(["--env", "Catch", "--config", str(tmp_path / "run.toml")], "--env") == "Catch"
+    assert training.options("ppo", "Pendulum-v1").agent != training.options("ppo", "CartPole-v1").agent
+
+
+def test_evaluation_and_films_keep_to_allowed_actions():
+    env = envs.make("MaskedChoice")
+    chosen = []
+
+    def act(params, observation, memory, key, mask):
+        action = jax.numpy.argmax(mask)
+        jax.debug.callback(lambda ok: chosen.append(bool(ok)), mask[action])
+        return action.astype(jax.numpy.int32), memory
+
+    agent = ppo.make(SMALL, env)._replace(act=act)
+    result = evaluate(agent, env, None, jax.random.key(0), episodes=3)
+    film.record(agent, env, None, jax.random.key(0), steps=10)
+    jax.effects_barrier()
+    assert len(chosen) >= 30 and all(chosen) and (result.lengths == 10).all()
 
 
 def test_evaluation_opens_the_folder(finished):
@@ -118,6 +170,8 @@ def test_what_cannot_be_filmed(finished, tmp_path):
         ({"grid": ("lr",)}, "grid 'lr' is not of the form learning_rate=1e-3,3e-4"),
         ({"env": "CartPol"}, "did you mean 'CartPole-v1'"),
         ({"seeds": 0}, "seeds is 0"),
+        ({"grid": ("seed=1,2",)}, "seeds are not part of the grid"),
+        ({"grid": ("entropy=0.0", "entropy=0.1")}, "grid names 'entropy' twice"),
         ({"agent": dataclasses.replace(SMALL, minibatches=3)}, "minibatches is 3"),
     ],
 )
@@ -136,7 +190,7 @@ def test_the_command_line_names_every_agent():
 
 
 def test_commands(capsys, tmp_path):
-    run = ["--out", str(tmp_path / "a"), "--env-steps", "32", "--points", "2", "--episodes", "2"]
+    run = ["--out", str(tmp_path / "a"), "--env-steps", "32", "--round-steps", "16", "--episodes", "2"]
     own = ["--agent.envs", "2", "--agent.steps", "8", "--agent.minibatches", "1", "--agent.epochs", "1"]
     assert cli.main(["train", "ppo", *run, *own]) == 0
     out = capsys.readouterr().out
