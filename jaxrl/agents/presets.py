@@ -48,7 +48,7 @@ PRESETS: dict[tuple[str, str], tuple[Any, int]] = {
         400_000,
     ),
     ("reinforce", "CartPole-v1"): (ReinforceConfig(anneal=300), 1_200_000),
-    ("reinforce", "Acrobot-v1"): (ReinforceConfig(envs=16, learning_rate=1e-3, entropy=0.05, anneal=125), 1_000_000),
+    ("reinforce", "Acrobot-v1"): (ReinforceConfig(envs=16, anneal=125), 1_000_000),
     ("qac", "CartPole-v1"): (QACConfig(baseline=True, anneal=3906), 500_000),
     ("dqn", "CartPole-v1"): (DQNConfig(), 200_000),
     ("dqn", "Acrobot-v1"): (DQNConfig(), 200_000),
