@@ -138,8 +138,7 @@ def gather(
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * n
     key = draw_key(state, ACTING)
     noise_keys, env_keys = (
-        jax.vmap(lambda i: jax.random.fold_in(key, 2 * i + purpose))(first + jnp.arange(n))
-        for purpose in range(2)
+        jax.vmap(lambda i: jax.random.fold_in(key, 2 * i + purpose))(first + jnp.arange(n)) for purpose in range(2)
     )
 
     def act(observation, mask, memory, noise):
