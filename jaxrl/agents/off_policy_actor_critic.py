@@ -105,8 +105,8 @@ def make(config: OffPolicyActorCriticConfig, env: Env, *, behaviour: Callable | 
         policy = actor.step(params["actor"], observation, ())[0]
         return policy if mask is None else policy.masked(mask)
 
-    def act(params, observation, memory, key=None):
-        policy = policy_of(params, observation)
+    def act(params, observation, memory, key=None, mask=None):
+        policy = policy_of(params, observation, mask)
         return policy.mode() if key is None else jax.random.categorical(key, policy.logits), memory
 
     def step(state: State, data: Any = None) -> tuple[State, dict[str, jax.Array]]:

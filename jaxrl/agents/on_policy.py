@@ -76,6 +76,8 @@ def init(
     """
     keys = [jax.random.fold_in(key, purpose) for purpose in range(PURPOSES)]
     trained = {"actor": actor.init(keys[0]), "critic": critic.init(keys[1])}
+    if config.normalise_observations and isinstance(env.observation_space, Discrete):
+        raise ValueError(f"{env.name} observes {env.observation_space}, which cannot be normalised: leave it one-hot")
     observations = statistics.statistics(env.observation_space.shape) if config.normalise_observations else ()
     return State(
         step=jnp.int32(0),
@@ -114,8 +116,9 @@ def allowed(policy: Any, mask: jax.Array | None) -> Any:
 def acting(actor: Network) -> Callable:
     """`Agent.act` of a policy network: greedy without a key."""
 
-    def act(params, observation, memory, key=None):
+    def act(params, observation, memory, key=None, mask=None):
         policy, memory = actor.step(params["actor"], see(params, observation), memory)
+        policy = allowed(policy, mask)
         if key is None:
             return policy.mode(), memory
         return policy.sample(policy.noise(key, jax.tree.leaves(policy)[0].shape)), memory
@@ -216,9 +219,11 @@ def begin_again(env: Env, actor: Network, critic: Network, state: State, *, axis
     n = state.interaction.episode_return.shape[0]
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * n
     keys = jax.vmap(lambda i: jax.random.fold_in(draw_key(state, BEGINNING), i))(first + jnp.arange(n))
+    rewards = state.rewards
     return state._replace(
         interaction=interact.begin(env, keys, n, memory=actor.memory()),
         critic_memory=interact.copies(critic.memory(), n),
+        rewards=rewards if rewards == () else rewards._replace(returns=jnp.zeros(n)),
     )
 
 
@@ -300,7 +305,13 @@ def learn(
 
 
 def annealed(rate: jax.Array | float, step: jax.Array, anneal: int) -> jax.Array | float:
-    """The learning rate of an update: from `rate` linearly to zero over `anneal` updates; constant if that is 0."""
+    """The learning rate of an update: from `rate` linearly to zero over `anneal` updates; constant if that is 0.
+
+    Raises:
+      ValueError: a negative `anneal`; -1 is for `training`, which knows how long a run is.
+    """
+    if anneal < 0:
+        raise ValueError(f"anneal is {anneal}; give the number of updates (only a run of `jaxrl train` knows its own)")
     return rate * jnp.maximum(1.0 - step / anneal, 0.0) if anneal else rate
 
 

@@ -39,7 +39,7 @@ class PPOConfig:
     learning_rate: float = 2.5e-4
     """Of Adam."""
     anneal: int = 0
-    """Updates over which the learning rate falls linearly to zero; 0: it stays."""
+    """Updates over which the learning rate falls linearly to zero; 0: it stays; -1: all updates of a run."""
     discount: float = 0.99
     """Weight of the next step's value, gamma."""
     lambda_: float = 0.95

@@ -1,6 +1,8 @@
 """Settings that learn, by agent and environment: the defaults where nothing is listed.
 
-config = presets.config("ppo", "Pendulum-v1")
+config, env_steps = presets.config("ppo", "Pendulum-v1")
+
+An `anneal` of -1 is for `training.train`, which knows the updates of a run; put their number there to use it elsewhere.
 """
 
 from typing import Any
@@ -16,9 +18,9 @@ from jaxrl.agents.td3 import TD3Config
 from jaxrl.agents.trpo import TRPOConfig
 
 PRESETS: dict[tuple[str, str], tuple[Any, int]] = {
-    ("ppo", "CartPole-v1"): (PPOConfig(envs=64, steps=16, learning_rate=2.5e-3, anneal=488), 500_000),
+    ("ppo", "CartPole-v1"): (PPOConfig(envs=64, steps=16, learning_rate=2.5e-3, anneal=-1), 500_000),
     ("ppo", "Acrobot-v1"): (
-        PPOConfig(envs=16, steps=256, epochs=10, minibatches=8, learning_rate=1e-3, entropy=0.0, anneal=122),
+        PPOConfig(envs=16, steps=256, epochs=10, minibatches=8, learning_rate=1e-3, entropy=0.0, anneal=-1),
         500_000,
     ),
     ("ppo", "Pendulum-v1"): (
@@ -31,14 +33,14 @@ PRESETS: dict[tuple[str, str], tuple[Any, int]] = {
             discount=0.9,
             entropy=0.0,
             normalise_rewards=True,
-            anneal=292,
+            anneal=-1,
         ),
         300_000,
     ),
-    ("a2c", "CartPole-v1"): (A2CConfig(envs=16, discount=0.98, entropy=0.01, anneal=1953), 500_000),
-    ("a2c", "Acrobot-v1"): (A2CConfig(envs=16, learning_rate=1e-3, entropy=0.01, anneal=1953), 500_000),
+    ("a2c", "CartPole-v1"): (A2CConfig(envs=16, discount=0.98, entropy=0.01, anneal=-1), 500_000),
+    ("a2c", "Acrobot-v1"): (A2CConfig(envs=16, learning_rate=1e-3, entropy=0.01, anneal=-1), 500_000),
     ("a2c", "Pendulum-v1"): (
-        A2CConfig(envs=16, steps=16, learning_rate=1e-3, discount=0.9, normalise_rewards=True, anneal=3906),
+        A2CConfig(envs=16, steps=16, learning_rate=1e-3, discount=0.9, normalise_rewards=True, anneal=-1),
         1_000_000,
     ),
     ("trpo", "CartPole-v1"): (TRPOConfig(), 150_000),
@@ -47,9 +49,9 @@ PRESETS: dict[tuple[str, str], tuple[Any, int]] = {
         TRPOConfig(envs=16, steps=128, discount=0.9, lambda_=0.9, value_rate=3e-3, normalise_rewards=True),
         400_000,
     ),
-    ("reinforce", "CartPole-v1"): (ReinforceConfig(anneal=300), 1_200_000),
-    ("reinforce", "Acrobot-v1"): (ReinforceConfig(envs=16, anneal=125), 1_000_000),
-    ("qac", "CartPole-v1"): (QACConfig(baseline=True, anneal=3906), 500_000),
+    ("reinforce", "CartPole-v1"): (ReinforceConfig(anneal=-1), 1_200_000),
+    ("reinforce", "Acrobot-v1"): (ReinforceConfig(envs=16, anneal=-1), 1_000_000),
+    ("qac", "CartPole-v1"): (QACConfig(baseline=True, anneal=-1), 500_000),
     ("dqn", "CartPole-v1"): (DQNConfig(), 200_000),
     ("dqn", "Acrobot-v1"): (DQNConfig(), 200_000),
     ("ddpg", "Pendulum-v1"): (DDPGConfig(), 20_000),

@@ -38,7 +38,7 @@ class QACConfig:
     critic_learning_rate: float = 3e-3
     """Adam's, of the critic."""
     anneal: int = 0
-    """Updates over which both learning rates fall linearly to zero; 0: they stay."""
+    """Updates over which both learning rates fall linearly to zero; 0: they stay; -1: all updates of a run."""
     discount: float = 0.99
     """Weight of the next step's value, gamma."""
     entropy: float = 0.1

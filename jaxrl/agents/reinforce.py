@@ -35,7 +35,7 @@ class ReinforceConfig:
     learning_rate: float = 3e-3
     """Of Adam."""
     anneal: int = 0
-    """Updates over which the learning rate falls linearly to zero; 0: it stays."""
+    """Updates over which the learning rate falls linearly to zero; 0: it stays; -1: all updates of a run."""
     discount: float = 0.99
     """Weight of the next reward, gamma. The factor discount^t of the theory is dropped, as everywhere."""
     entropy: float = 0.0

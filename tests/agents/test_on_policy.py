@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxrl import envs
@@ -158,6 +159,25 @@ def test_an_annealed_rate_ends_at_zero():
     assert on_policy.annealed(0.1, jnp.int32(5), 10) == pytest.approx(0.05)
     assert on_policy.annealed(0.1, jnp.int32(12), 10) == 0.0
     assert on_policy.annealed(0.1, jnp.int32(12), 0) == 0.1
+    with pytest.raises(ValueError, match="anneal is -1; give the number of updates"):
+        on_policy.annealed(0.1, jnp.int32(0), -1)
+
+
+def test_state_numbers_are_not_normalised():
+    agent = ppo.make(ppo.PPOConfig(envs=2, normalise_observations=True), envs.make("GridWorld-5x5"))
+    with pytest.raises(ValueError, match="GridWorld-5x5 observes .* cannot be normalised"):
+        jax.eval_shape(agent.init, jax.random.key(0))
+
+
+def test_episodes_begin_again_without_old_returns():
+    env = envs.make("CartPole-v1")
+    config = reinforce.ReinforceConfig(envs=2, normalise_rewards=True, hidden=(4,))
+    actor, critic = networks.actor_and_critic(config, env, None, None)
+    optimizer = optax.identity()
+    state = on_policy.init(config, env, actor, critic, optimizer, jax.random.key(0))
+    state = state._replace(rewards=state.rewards._replace(returns=jnp.array([4.9, 4.9])))
+    again = on_policy.begin_again(env, actor, critic, state)
+    assert again.rewards.returns.tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("make", [ppo.make, pytest.param(trpo.make, marks=SLOW)])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl.posttrain.rollout import Sampling, behaviour_logits, categorical, completion_log_probs, rollout
+from jaxrl.posttrain.rollout import Sampling, behaviour_logits, completion_log_probs, rollout
 from jaxrl.types import Finish, Prompts
 
 EOS, PAD, WIDTH = 1, 0, 8
