@@ -20,15 +20,18 @@ THRESHOLDS = {
     "Acrobot-v1": -100.0,
     "Pendulum-v1": -200.0,
     "MountainCarContinuous-v0": 90.0,
+    ("dqn", "Acrobot-v1"): -110.0,
+    **{(agent, "Pendulum-v1"): -250.0 for agent in ("ppo", "trpo", "a2c")},
 }
-"""Mean greedy returns near those published for tuned agents (CleanRL's and RL Baselines3 Zoo's tables)."""
+"""Greedy returns near those published for tuned agents (tables of CleanRL and RL Baselines3 Zoo), by environment, or
+by agent and environment."""
 
 
 def row(folder: Path) -> str:
     """The table's line of one finished run."""
     summary = json.loads((folder / runs.SUMMARY).read_text())
     agent, env, group = summary["kind"], summary["config"]["env"], summary["groups"][0]
-    threshold = THRESHOLDS.get(env)
+    threshold = THRESHOLDS.get((agent, env), THRESHOLDS.get(env))
     reached = "" if threshold is None else "yes" if group["mean"] >= threshold else "no"
     returns = ", ".join(f"{member['return']:.0f}" for member in summary["members"])
     cells = [
