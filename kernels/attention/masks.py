@@ -104,7 +104,7 @@ def _span(values: jax.Array, first: Index, size: int, axis: int) -> jax.Array:
 class Mask:
     """Base of all masks: supplies `&`, `|` and the pytree methods.
 
-    A mask of your own is a frozen dataclass under `jax.tree_util.register_pytree_node_class`, with `allowed`,
+    A mask of your own is a frozen dataclass under `jax.tree_util.register_pytree_with_keys_class`, with `allowed`,
     `live` and `check`. (Not under `register_dataclass`: in jaxlib 0.10 the structures of two such classes with
     the same static values are equal, and `jit` may serve `Causal()` with the program traced for `Full()`.)
     """
@@ -120,11 +120,12 @@ class Mask:
     def check(self, shape: tuple[int, int, int, int], q_offset: Index) -> None:
         """Raise ValueError if the mask's arrays cannot serve attention of `shape` (B, H, T, S)."""
 
-    def tree_flatten(self):
+    def tree_flatten_with_keys(self):
         fields = dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
         leaves = tuple(f.name for f in fields if "static" not in f.metadata)
         static = tuple((f.name, getattr(self, f.name)) for f in fields if "static" in f.metadata)
-        return tuple(getattr(self, name) for name in leaves), (leaves, static)
+        keyed = tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in leaves)
+        return keyed, (leaves, static)
 
     @classmethod
     def tree_unflatten(cls, structure, values):
@@ -175,7 +176,7 @@ def _rows(t: int, q_offset: Index) -> tuple[int, ...]:
     return (-(q_offset + t if isinstance(q_offset, int) else t),)
 
 
-@jax.tree_util.register_pytree_node_class
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class Full(Mask):
     """Every query sees every key."""
@@ -187,7 +188,7 @@ class Full(Mask):
         return True
 
 
-@jax.tree_util.register_pytree_node_class
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class Causal(Mask):
     """A query sees itself and what came before: k <= q."""
@@ -199,7 +200,7 @@ class Causal(Mask):
         return tile.k_first <= tile.q_last
 
 
-@jax.tree_util.register_pytree_node_class
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class Window(Mask):
     """A query sees itself and the n - 1 keys before it: 0 <= q - k < n. (Causal already.)"""
@@ -216,7 +217,7 @@ class Window(Mask):
         return (tile.k_first <= tile.q_last) & (tile.k_last > tile.q_first - self.n)
 
 
-@jax.tree_util.register_pytree_node_class
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class Chunked(Mask):
     """Queries see keys of their own chunk of n: q // n == k // n. (Llama 4's local layers, with Causal.)"""
@@ -235,7 +236,7 @@ class Chunked(Mask):
         return (q_first <= k_last) & (k_first <= q_last)
 
 
-@jax.tree_util.register_pytree_node_class
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prefix(Mask):
     """Every query sees the first lengths[b] keys, lengths int [B]. (Prefix-LM: `Causal() | Prefix(n)`.)"""
@@ -252,7 +253,7 @@ class Prefix(Mask):
         _expect("Prefix", "lengths", jnp.shape(self.lengths), ((shape[0], 1),), "[B]")
 
 
-@jax.tree_util.register_pytree_node_class
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Segments(Mask):
     """Queries see keys with the same id (packed documents, padding).
@@ -281,7 +282,7 @@ class Segments(Mask):
         _expect("Segments", what, jnp.shape(self.keys()), ((b, 1), (s,)), "[B, S]")
 
 
-@jax.tree_util.register_pytree_node_class
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tree(Mask):
     """A key is seen from its own position to the end of its subtree: k <= q < end[k], end int [B, S].
@@ -303,7 +304,7 @@ class Tree(Mask):
         _expect("Tree", "end", jnp.shape(self.end), ((shape[0], 1), (shape[3],)), "[B, S]")
 
 
-@jax.tree_util.register_pytree_node_class
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class BlockDiffusion(Mask):
     """Training mask of block diffusion: the sequence is [x_t ; x_0], 2 L tokens, both halves cut into blocks.
@@ -349,7 +350,7 @@ class BlockDiffusion(Mask):
             raise ValueError(f"BlockDiffusion: S = {shape[3]} keys, expected an even number: [x_t ; x_0].")
 
 
-@jax.tree_util.register_pytree_node_class
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dense(Mask):
     """A mask given as an array: bool [B|1, H|1, Q, S], True where the query sees the key."""
@@ -370,7 +371,7 @@ class Dense(Mask):
             raise ValueError(f"Dense: array has dtype {jnp.result_type(self.array)}, expected bool.")
 
 
-@jax.tree_util.register_pytree_node_class
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class And(Mask):
     """What both masks allow."""
@@ -389,7 +390,7 @@ class And(Mask):
         self.b.check(shape, q_offset)
 
 
-@jax.tree_util.register_pytree_node_class
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Or(Mask):
     """What either mask allows."""

@@ -246,5 +246,5 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(digits, tmp_path):
 def test_display_is_quiet_without_a_terminal(capsys):
     with Display() as view:
         view.stage("GRPO", steps=4)
-        view.update(2, {"reward/mean": 0.5}, tokens_per_second=10.0)
+        view.update(2, {"reward/mean": 0.5}, rate="10 tokens/s")
     assert capsys.readouterr().out == "GRPO: 4 steps, compiling\n"
