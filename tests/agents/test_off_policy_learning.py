@@ -1,10 +1,9 @@
 """Whole runs on real tasks, at the settings of `presets`."""
 
 import jax
-import numpy as np
 import pytest
 
-from jaxrl.agents import ddpg, dqn, evaluate, presets, sac, td3
+from jaxrl.agents import ddpg, evaluate, presets, sac, td3
 from jaxrl.envs import make as make_env
 
 pytestmark = pytest.mark.slow
@@ -13,7 +12,6 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "make", "env", "least"),
     [
-        ("dqn", dqn.make, "CartPole-v1", 475),
         ("ddpg", ddpg.make, "Pendulum-v1", -200),
         ("td3", td3.make, "Pendulum-v1", -200),
         ("sac", sac.make, "Pendulum-v1", -200),
@@ -28,6 +26,4 @@ def test_reaches_the_published_return(name, make, env, least):
         state, _ = jax.lax.scan(agent.step, agent.init(key), length=-(-env_steps // agent.env_steps))
         return evaluate.evaluate(agent, task, state.params, jax.random.key(1), episodes=32).returns.mean()
 
-    program = jax.jit(run)
-    returns = [float(program(jax.random.key(seed))) for seed in range(3 if name == "dqn" else 1)]
-    assert np.mean(returns) >= least
+    assert float(jax.jit(run)(jax.random.key(0))) >= least
