@@ -108,12 +108,14 @@ class Env:
 
 
 def demo(argv: Sequence[str]) -> None:
+    """`jaxrl demo`."""
     from jaxrl import demo
 
     demo.main(config.parse(demo.Demo, argv, prog="jaxrl demo"))
 
 
 def train_sft(argv: Sequence[str]) -> None:
+    """`jaxrl train sft`."""
     from jaxrl import runs
     from jaxrl.posttrain import recipes
 
@@ -121,6 +123,7 @@ def train_sft(argv: Sequence[str]) -> None:
 
 
 def train_grpo(argv: Sequence[str]) -> None:
+    """`jaxrl train grpo`."""
     from jaxrl import runs
     from jaxrl.posttrain import recipes
 
@@ -182,6 +185,7 @@ def _train(
 
 
 def evaluate(argv: Sequence[str]) -> None:
+    """`jaxrl eval RUN`: by the kind of the run, answers of a model or episodes of an agent."""
     from jaxrl import runs
     from jaxrl.posttrain import talk
 
@@ -201,6 +205,7 @@ def _evaluate_agent(options: Eval) -> None:
 
 
 def film(argv: Sequence[str]) -> None:
+    """`jaxrl film RUN`."""
     from jaxrl.agents import training
 
     options = config.parse(Film, argv, prog="jaxrl film")
@@ -209,6 +214,7 @@ def film(argv: Sequence[str]) -> None:
 
 
 def list_envs(argv: Sequence[str]) -> None:
+    """`jaxrl envs`."""
     config.parse(Envs, argv, prog="jaxrl envs")
     from jaxrl import envs
 
@@ -223,6 +229,7 @@ def _space(space: Any) -> str:
 
 
 def generate(argv: Sequence[str]) -> None:
+    """`jaxrl generate RUN`."""
     from jaxrl.posttrain import talk
     from jaxrl.posttrain.rollout import Sampling
 
@@ -236,6 +243,7 @@ def generate(argv: Sequence[str]) -> None:
 
 
 def chat(argv: Sequence[str]) -> None:
+    """`jaxrl chat RUN`."""
     from jaxrl.posttrain import talk
     from jaxrl.posttrain.rollout import Sampling
 
@@ -246,6 +254,7 @@ def chat(argv: Sequence[str]) -> None:
 
 
 def data_show(argv: Sequence[str]) -> None:
+    """`jaxrl data show FILE`."""
     from rich.console import Console
 
     from jaxrl.data.show import show
@@ -256,6 +265,7 @@ def data_show(argv: Sequence[str]) -> None:
 
 
 def env(argv: Sequence[str]) -> None:
+    """`jaxrl env`."""
     options = config.parse(Env, argv, prog="jaxrl env")
     if options.metrics:
         from jaxrl.metrics import GLOSSARY

@@ -17,6 +17,8 @@ Tokens = tuple[list[int], list[bool]]
 
 
 class Template(Protocol):
+    """Renders messages as `(ids, which of them the assistant wrote)`; `chatml` is one."""
+
     def __call__(
         self, messages: Sequence[Message], tokenizer: Tokenizer, *, add_generation_prompt: bool = False
     ) -> Tokens: ...
