@@ -199,6 +199,10 @@ def evaluate(argv: Sequence[str]) -> None:
 def _evaluate_agent(options: Eval) -> None:
     from jaxrl.agents import training
 
+    if options.data:
+        raise ValueError(
+            f"--data {options.data} is for language models; {options.run} is evaluated where it was trained"
+        )
     for member, returns in training.evaluate(options.run, episodes=options.episodes):
         name = ", ".join(f"{field} {value:g}" for field, value in member.items())
         print(f"{name}: return {returns.mean():.4g} +- {returns.std():.4g}  ({len(returns)} greedy episodes)")

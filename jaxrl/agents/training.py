@@ -118,6 +118,10 @@ def train(name: str, run: Any, *, resume: bool = False, display: Display | None 
                     "time/elapsed": spent + time.perf_counter() - begun,
                 }
                 log.write(done * people.env_steps, {**row, "eval/returns": returns.mean(axis=1).tolist()})
+                if done == 1 and row.get("episode/count") == 0.0:
+                    view.note(
+                        "  no episode ended yet; reinforce learns from whole ones: raise --agent.steps if none does"
+                    )
                 view.update(done * people.env_steps, row, rate=f"{rate:,.0f} env steps/s")
                 if done % max(1, rounds // 10) == 0 or done == rounds:
                     view.note(f"  {done * people.env_steps:>10,} steps: {metrics_line(row)}")

@@ -194,10 +194,13 @@ def test_commands(capsys, tmp_path):
     own = ["--agent.envs", "2", "--agent.steps", "8", "--agent.minibatches", "1", "--agent.epochs", "1"]
     assert cli.main(["train", "ppo", *run, *own]) == 0
     out = capsys.readouterr().out
+    assert "no episode ended yet" in out  # in 8 steps of 2 environments
     assert f"jaxrl film {tmp_path}/a" in out and f"--resume {tmp_path}/a --env-steps 64" in out
     assert json.loads((tmp_path / "a" / "summary.json").read_text())["env_steps"] == 32
     assert cli.main(["eval", str(tmp_path / "a"), "--episodes", "2"]) == 0
     assert "seed 0: return" in capsys.readouterr().out
+    assert cli.main(["eval", str(tmp_path / "a"), "--data", "x.jsonl"]) == 2
+    assert "is for language models" in capsys.readouterr().err
     assert cli.main(["sweep", "pqo"]) == 2
     assert "did you mean 'ppo'" in capsys.readouterr().err
     assert cli.main(["envs"]) == 0
