@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.nets.initializers import orthogonal
-from jaxrl.nets.layers import Linear
+from jaxrl.nets.layers import Linear, small_dot
 
 
 class Categorical(nn.Module):
@@ -95,4 +95,4 @@ class Reward(nn.Module):
 
 
 def _linear(x, features, kernel_init, name, *, use_bias=True):
-    return Linear(features, use_bias=use_bias, kernel_init=kernel_init, name=name)(x)
+    return Linear(features, use_bias=use_bias, kernel_init=kernel_init, dot=small_dot, name=name)(x)

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 
 from jaxrl.nets.initializers import orthogonal
-from jaxrl.nets.layers import Linear
+from jaxrl.nets.layers import Linear, small_dot
 
 
 class MLP(nn.Module):
@@ -35,6 +35,7 @@ class MLP(nn.Module):
                 kernel_init=self.kernel_init,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
+                dot=small_dot,
                 name=f"layer_{i}",
             )(x)
             if i + 1 < len(self.sizes) or self.activate_final:

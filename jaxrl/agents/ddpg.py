@@ -72,7 +72,10 @@ def make(config: DDPGConfig, env: Env, *, memory: replay.Memory | None = None) -
     continuous.check("ddpg", env)
     critics = continuous.critics(env, count=config.critics, sizes=config.hidden)
     actor = continuous.deterministic_actor(env, sizes=config.hidden)
-    optimizers = {"actor": optax.adam(config.actor_learning_rate), "critic": optax.adam(config.learning_rate)}
+    optimizers = {
+        "actor": optax.flatten(optax.adam(config.actor_learning_rate)),
+        "critic": optax.flatten(optax.adam(config.learning_rate)),
+    }
     dim = env.action_space.shape[0]
     mu = lambda params, observation: actor.step(params, observation, ())[0]
 
@@ -95,8 +98,10 @@ def make(config: DDPGConfig, env: Env, *, memory: replay.Memory | None = None) -
         action = jnp.clip(action + config.noise * jax.random.normal(key, action.shape), -1.0, 1.0)
         return continuous.to_bounds(env.action_space, action), action
 
-    def update(learnt: Learnt, batch: Batch, key: jax.Array):
-        noise = jax.random.normal(key, batch.action.shape)
+    def noise(key):
+        return jax.random.normal(key, (config.batch, dim))
+
+    def update(learnt: Learnt, batch: Batch, noise: jax.Array):
         successor_action = smoothed(
             mu(learnt.target["actor"], batch.successor), noise, std=config.target_noise, clip=config.target_noise_clip
         )
@@ -128,10 +133,10 @@ def make(config: DDPGConfig, env: Env, *, memory: replay.Memory | None = None) -
             learnt = jax.lax.cond(due, follow, lambda learnt: learnt, learnt)
         return learnt._replace(updates=learnt.updates + 1), errors, {"q/loss": loss, "q/mean": q}
 
-    def learn(learnt, batch, key, before, after):
-        return replay.over_minibatches(update, learnt, batch, key)
+    def learn(learnt, batch, noise, before, after):
+        return replay.over_minibatches(update, learnt, batch, noise)
 
-    learner = replay.Learner(init, explore, uniform, learn, act, config.hold)
+    learner = replay.Learner(init, explore, uniform, noise, learn, act, config.hold)
     return replay.make(env, learner, config, memory or replay.uniform(config.n_step))
 
 

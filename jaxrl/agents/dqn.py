@@ -85,7 +85,7 @@ def make(config: DQNConfig, env: Env, *, network: networks.Network | None = None
         raise ValueError(f"dqn needs discrete actions, {env.name} has {env.action_space}; use ddpg, td3 or sac")
     network = network or q_network(config, env)
     actions = env.action_space.n
-    optimizer = optax.adam(config.learning_rate)
+    optimizer = optax.flatten(optax.adam(config.learning_rate))
     if config.max_grad_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optimizer)
     q = lambda params, observation: network.step(params, observation, ())[0]
@@ -110,7 +110,7 @@ def make(config: DQNConfig, env: Env, *, network: networks.Network | None = None
         action = jnp.where(at_random, random, greedy)
         return action, action
 
-    def update(learnt, now, key):
+    def update(learnt, now, noise):
         batch, q_target = now
 
         def loss(params):
@@ -129,9 +129,9 @@ def make(config: DQNConfig, env: Env, *, network: networks.Network | None = None
         learnt = Learnt(params, learnt.target, optimizer_state, learnt.updates + 1)
         return learnt, errors, {"q/loss": value, "q/target": q_target.mean()}
 
-    def learn(learnt, batch, key, before, after):
+    def learn(learnt, batch, noise, before, after):
         q_target = q(learnt.target, batch.successor)  # the target network rests during a round
-        learnt, errors, metrics = replay.over_minibatches(update, learnt, (batch, q_target), key)
+        learnt, errors, metrics = replay.over_minibatches(update, learnt, (batch, q_target), noise)
         due = replay.crossings(before, after, config.target_every) > 0
         target = replay.polyak(learnt.target, learnt.params, jnp.where(due, config.target_rate, 0.0))
         return learnt._replace(target=target), errors, metrics | {"q/epsilon": epsilon(config, before)}
@@ -139,7 +139,7 @@ def make(config: DQNConfig, env: Env, *, network: networks.Network | None = None
     memory = replay.uniform(config.n_step)
     if config.prioritised:
         memory = replay.proportional(config.n_step, alpha=config.alpha, beta=config.beta)
-    return replay.make(env, replay.Learner(init, explore, uniform, learn, act), config, memory)
+    return replay.make(env, replay.Learner(init, explore, uniform, lambda key: (), learn, act), config, memory)
 
 
 def td_errors(q_tm1: jax.Array, batch: Batch, q_value: jax.Array, q_selector: jax.Array) -> jax.Array:

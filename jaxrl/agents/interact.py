@@ -131,8 +131,11 @@ def collect(
         interaction.observation,
         where(done, fresh[1], timestep.observation),
     )
-    episode_return, returns = running_sums(interaction.episode_return, timestep.reward, done)
-    episode_length, lengths = running_sums(interaction.episode_length, jnp.ones_like(done, jnp.int32), done)
+    (episode_return, episode_length), (returns, lengths) = running_sums(
+        (interaction.episode_return, interaction.episode_length),
+        (timestep.reward, jnp.ones_like(done, jnp.int32)),
+        done,
+    )
     states, observation = unpack(last)
     trajectory = Trajectory(
         observation=observations,
@@ -149,13 +152,16 @@ def collect(
     return Interaction(states, observation, memory, episode_return, episode_length), trajectory
 
 
-def running_sums(start: jax.Array, values: jax.Array, done: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sums of `values` [T, N] over the episode so far, from `start` [N]: those to go on from [N], and all [T, N]."""
+def running_sums(start: Any, values: Any, done: jax.Array) -> tuple[Any, Any]:
+    """Sums of `values` [T, N] over the episode so far, from `start` [N]: those to go on from [N], and all [T, N].
 
-    def step(total, now):
-        value, done = now
-        total = total + value
-        return jnp.where(done, 0, total), total
+    Of every leaf, in one scan. done: bool [T, N].
+    """
+
+    def step(totals, now):
+        values, done = now
+        totals = jax.tree.map(jnp.add, totals, values)
+        return jax.tree.map(lambda total: jnp.where(done, 0, total), totals), totals
 
     return jax.lax.scan(step, start, (values, done))
 

@@ -113,11 +113,13 @@ def make(
         key = on_policy.draw_key(state, on_policy.LEARNING)
         flat, unflatten = ravel_pytree(on_policy.trained(state.params))
 
-        def epoch(carry, order):
-            return jax.lax.scan(update, carry, minibatches(batch, order.reshape(config.minibatches, -1)))
-
-        def update(carry, minibatch):
+        def update(carry, columns):
             flat, optimizer_state, stopped = carry
+            minibatch = on_policy.take(batch, columns)
+            if config.normalise_advantages:
+                advantage = minibatch.advantage
+                advantage = returns.whiten(advantage, jnp.ones_like(advantage, bool), ddof=0, axis_name=axis_name)
+                minibatch = minibatch._replace(advantage=advantage)
             new, new_state, row = on_policy.descend(
                 optimizer,
                 lambda flat: loss(config, actor, critic, unflatten(flat), minibatch),
@@ -133,15 +135,8 @@ def make(
                 )
             return (new, new_state, stopped), row
 
-        def minibatches(batch, columns):
-            batch = jax.vmap(lambda columns: on_policy.take(batch, columns))(columns)
-            if not config.normalise_advantages:
-                return batch
-            whiten = lambda a: returns.whiten(a, jnp.ones_like(a, bool), ddof=0, axis_name=axis_name)
-            return batch._replace(advantage=jax.vmap(whiten)(batch.advantage))
-
-        orders = on_policy.shuffles(key, columns, config.epochs)
-        (flat, optimizer_state, _), rows = jax.lax.scan(epoch, (flat, state.optimizer, jnp.zeros((), bool)), orders)
+        orders = on_policy.shuffles(key, columns, config.epochs).reshape(config.epochs * config.minibatches, -1)
+        (flat, optimizer_state, _), rows = jax.lax.scan(update, (flat, state.optimizer, jnp.zeros((), bool)), orders)
         state = rolled._replace(step=state.step + 1, params=rolled.params | unflatten(flat), optimizer=optimizer_state)
         return state, metrics | jax.tree.map(jnp.mean, rows)
 

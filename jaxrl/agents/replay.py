@@ -80,8 +80,9 @@ class Learner(NamedTuple):
     `init`: `(key) -> Learnt`.
     `explore`: `(params, observation [N, ...], key, env_steps) -> (action [N, ...], stored [N, ...])`: the action for
     the environments, and the form of it that is remembered. `uniform`: the same before the warm-up's end.
-    `learn`: `(learnt, batch [U, B, ...], key, env_steps before the round, after it) -> (learnt, TD errors [U, B],
-    metrics)`.
+    `noise`: `(key) -> noise` of one update, any pytree; drawn for all rounds at once, which is cheaper.
+    `learn`: `(learnt, batch [U, B, ...], noise [U, ...], env_steps before the round, after it) -> (learnt, TD errors
+    [U, B], metrics)`.
     `act`: as `Agent.act`.
     `hold`: environment steps through which `explore` and `uniform` get the same key, and so the same noise.
     """
@@ -89,6 +90,7 @@ class Learner(NamedTuple):
     init: Callable
     explore: Callable
     uniform: Callable
+    noise: Callable
     learn: Callable
     act: Callable
     hold: int = 1
@@ -209,16 +211,16 @@ def make(env: Env, learner: Learner, config: Config, memory: Memory) -> Agent:
 
     def one_round(carry, now):
         learnt, interaction, buffer = carry
-        key, base, before = now
-        act_key, env_key, draw_key, learn_key = jax.random.split(key, 4)
+        key, base, before, learning_noise = now
+        act_key, env_key, draw_key = jax.random.split(key, 3)
 
         noise, to_key = interact.key_numbers(noise_keys(act_key, base, before))
 
         def act(observation, mask, _, noise):
-            keys = jax.random.split(to_key(noise))
+            key = to_key(noise)
             choices = [
-                lambda: learner.uniform(learnt.params, observation, keys[0], before),
-                lambda: learner.explore(learnt.params, observation, keys[1], before),
+                lambda: learner.uniform(learnt.params, observation, key, before),
+                lambda: learner.explore(learnt.params, observation, key, before),
             ]
             action, stored = jax.lax.cond(before < config.warmup, *choices)
             return action, (), stored
@@ -229,7 +231,7 @@ def make(env: Env, learner: Learner, config: Config, memory: Memory) -> Agent:
         batch, index = draw(buffer, draw_key)
 
         def learn():
-            return learner.learn(learnt, batch, learn_key, before, after)
+            return learner.learn(learnt, batch, learning_noise, before, after)
 
         shapes = jax.eval_shape(learn)
 
@@ -243,13 +245,16 @@ def make(env: Env, learner: Learner, config: Config, memory: Memory) -> Agent:
         return (learnt, interaction, buffer), (_ends(trajectory), learning, metrics)
 
     def step(state: State, data: Any = None) -> tuple[State, dict[str, jax.Array]]:
-        keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step), config.rounds)
+        now = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
+        keys = jax.random.split(now, config.rounds)
         before = (state.step * config.rounds + jnp.arange(config.rounds)) * per_round
         carry = (state.learnt, state.interaction, state.buffer)
+        noise = jax.vmap(learner.noise)(jax.random.split(jax.random.fold_in(now, 1), config.rounds * config.updates))
+        noise = jax.tree.map(lambda x: x.reshape(config.rounds, config.updates, *x.shape[1:]), noise)
         numbers, to_key = interact.key_numbers(keys)
         base = jax.random.fold_in(state.key, 2)
-        play = lambda carry, now: one_round(carry, (to_key(now[0]), base, now[1]))
-        carry, (ends, learning, metrics) = jax.lax.scan(play, carry, (numbers, before))
+        play = lambda carry, now: one_round(carry, (to_key(now[0]), base, *now[1:]))
+        carry, (ends, learning, metrics) = jax.lax.scan(play, carry, (numbers, before, noise))
         learnt, interaction, buffer = carry
         mean = lambda x: jnp.where(learning, x, 0.0).sum() / learning.sum(dtype=jnp.float32)
         metrics = interact.episodes(ends) | jax.tree.map(mean, metrics)
@@ -285,22 +290,18 @@ def n_step_transition(
     return *first, jnp.sum(powers * counts * sequence.reward), bootstrap, jax.tree.map(at, sequence.successor)
 
 
-def over_minibatches(update: Callable, learnt: Learnt, batch: Any, key: jax.Array) -> tuple[Learnt, Any, Any]:
-    """Scans `update`: `(learnt, batch [B, ...], key) -> (learnt, TD errors [B], metrics)` over [U, B, ...].
+def over_minibatches(update: Callable, learnt: Learnt, batch: Any, noise: Any) -> tuple[Learnt, Any, Any]:
+    """Scans `update`: `(learnt, batch [B, ...], noise) -> (learnt, TD errors [B], metrics)` over [U, B, ...].
 
     Returns:
       learnt, TD errors [U, B], and metrics meant over the updates.
     """
 
-    updates = jax.tree.leaves(batch)[0].shape[0]
-    numbers, to_key = interact.key_numbers(jax.random.split(key, updates))
-
     def one(learnt, now):
-        batch, numbers = now
-        learnt, errors, metrics = update(learnt, batch, to_key(numbers))
+        learnt, errors, metrics = update(learnt, *now)
         return learnt, (errors, metrics)
 
-    learnt, (errors, metrics) = jax.lax.scan(one, learnt, (batch, numbers))
+    learnt, (errors, metrics) = jax.lax.scan(one, learnt, (batch, noise))
     return learnt, errors, jax.tree.map(lambda x: x.mean(axis=0), metrics)
 
 

@@ -13,7 +13,7 @@ they are stretched to the environment's bounds.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -75,14 +75,16 @@ class Soft(NamedTuple):
     """What continuous and discrete actions do differently.
 
     `actor`: a `Network`. `init`: `(key) -> params` of the critics. `q`: `(params, observation, action) -> [K, B]`.
-    `value`: `(critic params, distribution, observation, key, temperature) -> (v [B], entropy [B])`, the entropy exact
-    or estimated from the draw. `uniform`: `(key, n) -> action`, `draw`: `(distribution, key) -> action`, `mode`:
-    `(distribution) -> action`, as they are remembered; `to_env`: from that to the environment's.
+    `noise`: `(key) -> noise` of one `value`. `value`: `(critic params, distribution, observation, noise, temperature) ->
+    (v [B], entropy [B])`, the entropy exact or estimated from the draw. `uniform`: `(key, n) -> action`, `draw`:
+    `(distribution, key) -> action`, `mode`: `(distribution) -> action`, as they are remembered; `to_env`: from that to
+    the environment's.
     """
 
     actor: networks.Network
     init: Callable
     q: Callable
+    noise: Callable
     value: Callable
     uniform: Callable
     draw: Callable
@@ -96,8 +98,8 @@ def make(config: SACConfig, env: Env) -> Agent:
     soft = discrete(config, env) if isinstance(env.action_space, Discrete) else gaussian(config, env)
     target_entropy = soft.target_entropy if config.target_entropy is None else config.target_entropy
     optimizers = {
-        "actor": optax.adam(config.actor_learning_rate),
-        "critic": optax.adam(config.learning_rate),
+        "actor": optax.flatten(optax.adam(config.actor_learning_rate)),
+        "critic": optax.flatten(optax.adam(config.learning_rate)),
         "log_temperature": optax.adam(config.learning_rate),
     }
     policy = lambda params, observation: soft.actor.step(params, observation, ())[0]
@@ -126,11 +128,15 @@ def make(config: SACConfig, env: Env) -> Agent:
         action = soft.draw(policy(params["actor"], observation), key)
         return soft.to_env(action), action
 
-    def update(learnt: Learnt, batch: Batch, key: jax.Array):
+    def noise(key):
         successor_key, actor_key = jax.random.split(key)
+        return soft.noise(successor_key), soft.noise(actor_key)
+
+    def update(learnt: Learnt, batch: Batch, noise: Any):
+        successor_noise, actor_noise = noise
         temperature = jnp.exp(learnt.params["log_temperature"])
         then = policy(learnt.params["actor"], batch.successor)
-        v_t, _ = soft.value(learnt.target, then, batch.successor, successor_key, temperature)
+        v_t, _ = soft.value(learnt.target, then, batch.successor, successor_noise, temperature)
 
         def critic_loss(params):
             q = soft.q(params, batch.observation, batch.action)
@@ -142,7 +148,7 @@ def make(config: SACConfig, env: Env) -> Agent:
 
         def actor_loss(params):
             now = policy(params, batch.observation)
-            value, entropy = soft.value(learnt.params["critic"], now, batch.observation, actor_key, temperature)
+            value, entropy = soft.value(learnt.params["critic"], now, batch.observation, actor_noise, temperature)
             return -value.mean(), entropy.mean()
 
         gradient, entropy = jax.grad(actor_loss, has_aux=True)(learnt.params["actor"])
@@ -153,10 +159,10 @@ def make(config: SACConfig, env: Env) -> Agent:
         metrics = {"q/loss": loss, "q/mean": q, "policy/entropy": entropy, "policy/temperature": temperature}
         return learnt._replace(target=target, updates=learnt.updates + 1), errors, metrics
 
-    def learn(learnt, batch, key, before, after):
-        return replay.over_minibatches(update, learnt, batch, key)
+    def learn(learnt, batch, noise, before, after):
+        return replay.over_minibatches(update, learnt, batch, noise)
 
-    learner = replay.Learner(init, explore, uniform, learn, act, config.hold)
+    learner = replay.Learner(init, explore, uniform, noise, learn, act, config.hold)
     return replay.make(env, learner, config, replay.uniform(config.n_step))
 
 
@@ -168,8 +174,8 @@ def gaussian(config: SACConfig, env: Env) -> Soft:
     output = lambda parameters: TanhGaussian(*parameters)
     critics = continuous.critics(env, count=config.critics, sizes=config.hidden)
 
-    def value(params, distribution, observation, key, temperature):
-        u = distribution.sample(distribution.noise(key, distribution.mean.shape))
+    def value(params, distribution, observation, noise, temperature):
+        u = distribution.sample(noise)
         log_prob = distribution.log_prob(u)
         q = critics.apply(params, observation, distribution.squash(u))
         return soft_value(q, log_prob, temperature), -log_prob
@@ -178,6 +184,7 @@ def gaussian(config: SACConfig, env: Env) -> Soft:
         actor=networks.network(MLP(config.hidden, nn.relu), head, env.observation_space, output=output),
         init=critics.init,
         q=critics.apply,
+        noise=lambda key: TanhGaussian.noise(key, (config.batch, dim)),
         value=value,
         uniform=lambda key, n: jax.random.uniform(key, (n, dim), minval=-1.0, maxval=1.0),
         draw=lambda policy, key: policy.squash(policy.sample(policy.noise(key, policy.mean.shape))),
@@ -199,7 +206,7 @@ def discrete(config: SACConfig, env: Env) -> Soft:
         q = values(params, observation)
         return jnp.take_along_axis(q, jnp.broadcast_to(action, q.shape[:-1])[..., None], axis=-1)[..., 0]
 
-    def value(params, distribution, observation, key, temperature):
+    def value(params, distribution, observation, noise, temperature):
         q = values(params, observation)
         return expected_soft_value(q, jax.nn.log_softmax(distribution.logits), temperature), distribution.entropy()
 
@@ -207,6 +214,7 @@ def discrete(config: SACConfig, env: Env) -> Soft:
         actor=networks.actor(*spaces, sizes=config.hidden, activation=nn.relu),
         init=lambda key: jax.vmap(critic.init)(jax.random.split(key, config.critics)),
         q=q,
+        noise=lambda key: (),
         value=value,
         uniform=lambda key, n: jax.random.randint(key, (n,), 0, actions),
         draw=lambda policy, key: policy.sample(policy.noise(key, policy.logits.shape)),
