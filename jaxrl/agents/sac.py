@@ -75,8 +75,8 @@ class Soft(NamedTuple):
     """What continuous and discrete actions do differently.
 
     `actor`: a `Network`. `init`: `(key) -> params` of the critics. `q`: `(params, observation, action) -> [K, B]`.
-    `noise`: `(key) -> noise` of one `value`. `value`: `(critic params, distribution, observation, noise, temperature) ->
-    (v [B], entropy [B])`, the entropy exact or estimated from the draw. `uniform`: `(key, n) -> action`, `draw`:
+    `noise`: `(key) -> noise` of one `value`. `value`: `(critic params, distribution, observation, noise, temperature)
+    -> (v [B], entropy [B])`, the entropy exact or estimated from the draw. `uniform`: `(key, n) -> action`, `draw`:
     `(distribution, key) -> action`, `mode`: `(distribution) -> action`, as they are remembered; `to_env`: from that to
     the environment's.
     """

@@ -94,7 +94,7 @@ def sample_sequences(ring: Ring, key: jax.Array, n: int, *, length: int) -> Any:
 
 
 def below(key: jax.Array, n: int, limit: jax.Array) -> jax.Array:
-    """`n` numbers from 0 to `limit` - 1, int32 [n], at a third of the price of `jax.random.randint`. The key is consumed.
+    """`n` numbers from 0 to `limit` - 1, int32 [n], at a third of `jax.random.randint`'s price; the key is consumed.
 
     The remainder of 32 random bits: no number is more frequent than another by more than limit / 2^32.
     """

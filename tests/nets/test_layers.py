@@ -1,4 +1,4 @@
-"""The product of small layers: every derivative is that of the plain one, and its gradient multiplies what lies in memory."""
+"""The product of small layers: every derivative is the plain one's, its gradient multiplies what lies in memory."""
 
 import jax
 import jax.numpy as jnp
