@@ -43,9 +43,10 @@ def small_dot(rows: jax.Array, kernel: jax.Array) -> jax.Array:
     """rows @ kernel, [N, in] x [in, out] -> [N, out], for layers that fit into a cache, as agents have.
 
     The kernel's gradient is rows^T g, and XLA's CPU backend multiplies by a matrix that lies transposed in memory at
-    two thirds of its speed, at a tenth where `out` is small. Where `out` is at most `in`, it is (g^T rows)^T here, with g^T
-    laid out first; other backends have no use for that and get the plain form. Derivatives of every order and in both
-    modes are those of `rows @ kernel`. Layers as wide as a language model's lose more by the laying out than they gain.
+    two thirds of its speed, at a tenth where `out` is small. Where `out` is at most `in`, it is (g^T rows)^T here, with
+    g^T laid out first; other backends have no use for that and get the plain form. Derivatives of every order and in
+    both modes are those of `rows @ kernel`. Layers as wide as a language model's lose more by the laying out than they
+    gain.
     """
     return jnp.dot(rows, kernel)
 
