@@ -333,6 +333,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"jaxrl: no command {given!r}; {hint}", file=sys.stderr)
         return 2
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(caches, "jaxrl"))  # compile once, not in each run
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     command, _ = COMMANDS[names[0]]
     try:

@@ -1,6 +1,9 @@
 """The command line as a person uses it: help, typos, and one line of explanation for what cannot work."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -78,3 +81,17 @@ def test_config_file_fills_flags_and_names_unknown_keys(tmp_path, capsys):
     file.write_text("[grpo]\ngruop = 4\n")
     status, _, err = call(capsys, "train", "grpo", "--config", str(file))
     assert status == 2 and "unknown key 'grpo.gruop'" in err and "did you mean 'grpo.group'" in err
+
+
+def test_a_program_is_compiled_once_and_kept_for_the_next_run(tmp_path):
+    kept = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "caches"), "JAX_ENABLE_COMPILATION_CACHE": "true"}
+    kept.pop("JAX_COMPILATION_CACHE_DIR", None)
+    programs, metrics = [], []
+    for run in ("first", "second"):
+        out = tmp_path / run
+        argv = ["train", "ppo", "--env-steps", "2048", "--round-steps", "1024", "--episodes", "2", "--out", str(out)]
+        subprocess.run([sys.executable, "-m", "jaxrl.cli", *argv], env=kept, check=True, capture_output=True)
+        programs.append(sorted(path.name for path in (tmp_path / "caches" / "jaxrl").glob("*-cache")))
+        metrics.append([json.loads(line)["value/loss"] for line in (out / "metrics.jsonl").read_text().splitlines()])
+    assert programs[0] and programs[1] == programs[0]
+    assert metrics[0] == metrics[1]
