@@ -181,11 +181,7 @@ def rollout(
     seen, successor = see(params, trajectory.observation), see(params, trajectory.successor)
     v_tm1, memories = critic.unroll(params["critic"], seen, trajectory.starts, state.critic_memory)
     v_t, _ = critic.step(params["critic"], successor, memories)
-    rewards, scale = trajectory.reward, state.rewards
-    if scale != ():
-        scale, rewards = normalise.scale_rewards(
-            scale, rewards, trajectory.done, discount=discount, axis_name=axis_name
-        )
+    scale, rewards = scaled(state, trajectory, discount=discount, axis_name=axis_name)
     estimates = jax.vmap(
         lambda *streams: returns.gae(*streams, discount=discount, lambda_=lambda_), in_axes=1, out_axes=1
     )(v_tm1, rewards, v_t, trajectory.terminated, trajectory.truncated)
@@ -212,6 +208,17 @@ def rollout(
         rewards=scale,
     )
     return after, batch, interact.episodes(trajectory, axis_name=axis_name)
+
+
+def scaled(
+    state: State, trajectory: interact.Trajectory, *, discount: Any, axis_name: str | None = None
+) -> tuple[Any, jax.Array]:
+    """(the scale of rewards after a trajectory, its rewards [T, N] in that scale); (), as they are, without a scale."""
+    if state.rewards == ():
+        return (), trajectory.reward
+    return normalise.scale_rewards(
+        state.rewards, trajectory.reward, trajectory.done, discount=discount, axis_name=axis_name
+    )
 
 
 def begin_again(env: Env, actor: Network, critic: Network, state: State, *, axis_name: str | None = None) -> State:

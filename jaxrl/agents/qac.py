@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl.agents import interact, on_policy
+from jaxrl.agents import interact, networks, on_policy
 from jaxrl.agents.agent import Agent
-from jaxrl.agents.networks import Network, action_values, actor_and_critic
+from jaxrl.agents.networks import Network
 from jaxrl.agents.on_policy import State
 from jaxrl.envs.env import Env
 from jaxrl.losses import policy_gradient, sarsa, td
@@ -49,12 +49,10 @@ class QACConfig:
     """Gradients are scaled down to this norm, those of actor and critic each by themselves."""
     normalise_observations: bool = False
     """Standardise observations by running moments."""
+    normalise_rewards: bool = False
+    """Divide rewards by the running standard deviation of the discounted return."""
     hidden: tuple[int, ...] = (64, 64)
     """Layers of the actor and of the critic."""
-
-    normalise_rewards = False
-    recurrent = 0
-    log_std = 0.0
 
 
 def make(
@@ -74,8 +72,8 @@ def make(
     Raises:
       ValueError: continuous actions, action masks, or networks with memory.
     """
-    critic = critic or action_values(env.observation_space, env.action_space, sizes=config.hidden)
-    actor, critic = actor_and_critic(config, env, actor, critic)
+    critic = critic or networks.action_values(env.observation_space, env.action_space, sizes=config.hidden)
+    actor = actor or networks.actor(env.observation_space, env.action_space, sizes=config.hidden)
     if env.action_mask is not None or actor.recurrent or critic.recurrent:
         raise ValueError("QAC takes neither action masks nor networks with memory: use A2C or PPO")
     optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.scale_by_adam(eps=1e-5))
@@ -89,6 +87,7 @@ def make(
     def step(state: State, data: Any = None) -> tuple[State, dict[str, jax.Array]]:
         params = state.params
         rolled, trajectory, noise = on_policy.gather(env, actor, state, steps=config.steps, axis_name=axis_name)
+        scale, rewards = on_policy.scaled(state, trajectory, discount=config.discount, axis_name=axis_name)
         seen, successor = (on_policy.see(params, x) for x in (trajectory.observation, trajectory.successor))
         after, _ = actor.step(params["actor"], successor, ())
         drawn = after.sample(jnp.broadcast_to(noise, (config.steps, *noise.shape)))
@@ -112,7 +111,7 @@ def make(
 
         def critic_loss(params):
             q, _ = critic.step(params, seen, ())
-            errors = sarsa(q, trajectory.action, trajectory.reward, discount_t, q_t, a_t)
+            errors = sarsa(q, trajectory.action, rewards, discount_t, q_t, a_t)
             loss = jnp.mean(td.squared(errors))
             return loss, {"value/loss": loss, "q/mean": q.mean()}
 
@@ -129,7 +128,10 @@ def make(
             row |= metrics
         observations = on_policy.watched(params, trajectory, axis_name=axis_name)
         rolled = rolled._replace(
-            step=state.step + 1, params=moved | {"observations": observations}, optimizer=optimizers
+            step=state.step + 1,
+            params=moved | {"observations": observations},
+            optimizer=optimizers,
+            rewards=scale,
         )
         return rolled, interact.episodes(trajectory, axis_name=axis_name) | row
 

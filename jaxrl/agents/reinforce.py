@@ -2,8 +2,10 @@
 
     agent = reinforce.make(reinforce.ReinforceConfig(), envs.make("CartPole-v1"))
 
-One step plays one episode in each environment, always from its beginning, so that every return is whole and long
-episodes count as often as short ones. What an environment does after its first episode is not looked at.
+One step plays one episode in each environment, always from its beginning, so that long episodes count as often as short
+ones. What an environment does after its first episode is not looked at. An episode that is not over after `steps` steps
+is cut there: with a baseline, which stands for the rest, it counts; without one its return is not known and it is left
+out.
 """
 
 import dataclasses
@@ -29,7 +31,7 @@ class ReinforceConfig:
     envs: int = 8
     """Episodes to an update."""
     steps: int = 500
-    """The longest episode; one that has not ended by then is left out."""
+    """The longest episode; without a baseline, one that has not ended by then is left out."""
     baseline: bool = True
     """Subtract a learned state value from the return; it also stands for what a truncation has cut off."""
     learning_rate: float = 3e-3
@@ -83,7 +85,7 @@ def make(
             lambda_=1.0,
             axis_name=axis_name,
         )
-        counted = whole_first_episodes(batch.done)
+        counted = first_episodes(batch.done, whole=not config.baseline)
         state, row = on_policy.learn(
             optimizer,
             lambda trained: loss(config, actor, critic, trained, batch, counted, axis_name=axis_name),
@@ -134,7 +136,7 @@ def loss(
     )
 
 
-def whole_first_episodes(done: jax.Array) -> jax.Array:
-    """Steps of the first episode of each environment, where it ended: bool [T, N] -> bool [T, N]."""
-    before = jnp.cumsum(done, axis=0) - done
-    return (before == 0) & done.any(axis=0)[None]
+def first_episodes(done: jax.Array, *, whole: bool) -> jax.Array:
+    """Steps of the first episode of each environment, or only where it ended: bool [T, N] -> bool [T, N]."""
+    first = jnp.cumsum(done, axis=0) - done == 0
+    return first & done.any(axis=0)[None] if whole else first

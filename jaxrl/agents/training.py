@@ -120,7 +120,8 @@ def train(name: str, run: Any, *, resume: bool = False, display: Display | None 
                 log.write(done * people.env_steps, {**row, "eval/returns": returns.mean(axis=1).tolist()})
                 if done == 1 and row.get("episode/count") == 0.0:
                     view.note(
-                        "  no episode ended yet; reinforce learns from whole ones: raise --agent.steps if none does"
+                        "  no episode ended yet; if none does, reinforce without a baseline learns nothing: "
+                        "raise --agent.steps"
                     )
                 view.update(done * people.env_steps, row, rate=f"{rate:,.0f} env steps/s")
                 if done % max(1, rounds // 10) == 0 or done == rounds:

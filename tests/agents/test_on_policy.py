@@ -202,10 +202,22 @@ def test_forbidden_actions_are_never_taken(make):
     assert all(bool(jnp.isfinite(p).all()) for p in jax.tree.leaves(state.params))
 
 
-def test_reinforce_looks_at_whole_first_episodes_only():
+def test_reinforce_looks_at_first_episodes_only():
     done = jnp.array([[0, 0, 0], [1, 0, 0], [0, 0, 0], [1, 0, 1]], bool)
-    counted = reinforce.whole_first_episodes(done)
-    np.testing.assert_array_equal(counted.T, [[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+    whole, cut = (reinforce.first_episodes(done, whole=whole) for whole in (True, False))
+    np.testing.assert_array_equal(whole.T, [[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+    np.testing.assert_array_equal(cut.T, [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]])
+
+
+@pytest.mark.parametrize("baseline", [True, False])
+def test_reinforce_learns_from_cut_episodes_if_a_baseline_stands_for_the_rest(baseline):
+    config = reinforce.ReinforceConfig(envs=2, steps=4, baseline=baseline, hidden=(4,))
+    agent = reinforce.make(config, envs.make("Pendulum-v1"))  # its episodes have 200 steps
+    before = jax.jit(agent.init)(jax.random.key(0))
+    after, metrics = jax.jit(agent.step)(before)
+    moved = jax.tree.map(lambda x, y: bool((x != y).any()), before.params["actor"], after.params["actor"])
+    assert set(jax.tree.leaves(moved)) == {baseline}
+    assert metrics["episode/count"] == 0
 
 
 def test_reinforce_without_baseline_weighs_by_plain_returns():
