@@ -41,12 +41,9 @@ PRESETS: dict[tuple[str, str], tuple[Any, int]] = {
     ("a2c", "Acrobot-v1"): (A2CConfig(envs=16, learning_rate=1e-3, entropy=0.01, anneal=-1), 500_000),
     ("a2c", "Pendulum-v1"): (
         A2CConfig(
-            envs=4,
-            steps=8,
-            learning_rate=1e-3,
+            learning_rate=2e-3,
             discount=0.9,
-            lambda_=0.9,
-            max_grad_norm=0.2,
+            max_grad_norm=0.1,
             normalise_advantages=True,
             normalise_rewards=True,
             anneal=-1,

@@ -2,11 +2,13 @@
 
 One head at a time, one block of queries against one block of keys at a time. The forward pass keeps a running
 maximum m, sum l and weighted values acc per query; the backward pass computes each tile's weights anew from
-the saved log-sum-exp. Tiles that the mask declares dead are skipped.
+the saved log-sum-exp, keys down and queries across, so that no product has a transposed factor but one. Tiles that
+the mask empties are not visited, and tiles in which it allows every pair are not masked.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -17,7 +19,22 @@ from jax import lax
 from jaxrl.kernels.attention import masks
 from jaxrl.kernels.attention.reference import MASKED, SEEN
 
-BLOCK = {"cpu": 128}  # tile side by platform; on CPU 128 takes the least processor time of 64 .. 512
+BLOCK = {"cpu": 256}  # tile side by platform; on CPU 256 takes the least processor time of 64 .. 2048
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True)
+class _Inside(masks.Mask):
+    """Keys that exist: the last tile may overhang."""
+
+    def allowed(self, tile):
+        return tile.k < tile.k_length
+
+    def live(self, tile):
+        return True
+
+    def full(self, tile):
+        return tile.k_last < tile.k_length
 
 
 class Settings(NamedTuple):
@@ -94,27 +111,23 @@ def _forward(settings, q, k, v, bias, sinks, mask, q_offset):
         kv = row * heads + head // (h // heads)
 
         def one_block(i):
-            qi = _slice(qh, n, i, bq).astype(acc)
+            qi = _slice(qh, n, i, bq).astype(acc) * settings.scale
 
-            def step(j, carry):
-                tile = _tile(i, j, settings, row, head, q_offset, s)
+            tile_of = lambda j: _tile(i, j, settings, row, head, q_offset, s)
 
-                def visit(carry):
-                    m, total, o = carry
-                    kj = _slice(kh, kv, j, bk).astype(acc)
-                    logits, _ = _logits(settings, qi, kj, tile, mask, bias_tiles, i)
-                    m_new = jnp.maximum(m, jnp.max(logits, axis=-1))
-                    safe = jnp.where(m_new < SEEN, 0.0, m_new)
-                    p = jnp.exp(logits - safe[:, None])
-                    decay = jnp.exp(m - safe)
-                    o = o * decay[:, None] + p @ _slice(vh, kv, j, bk).astype(acc)
-                    return m_new, total * decay + jnp.sum(p, axis=-1), o
-
-                return lax.cond(mask.live(tile), visit, lambda carry: carry, carry)
+            def visit(mask, j, carry):
+                m, total, o = carry
+                kj, vj = _slice(kh, kv, j, bk).astype(acc), _slice(vh, kv, j, bk).astype(acc)
+                logits = _held(_logits(settings, qi, kj, tile_of(j), mask, bias_tiles, i)[0])
+                m_new = jnp.maximum(m, jnp.max(logits, axis=-1))
+                safe = jnp.where(m_new < SEEN, 0.0, m_new)
+                p = _held(jnp.exp(logits - safe[:, None]))
+                decay = jnp.exp(m - safe)
+                return m_new, total * decay + jnp.sum(p, axis=-1), o * decay[:, None] + p @ vj
 
             m = jnp.full((bq,), MASKED, acc)
             nothing = m, jnp.zeros_like(m), jnp.zeros((bq, v.shape[-1]), acc)
-            m, total, o = lax.fori_loop(0, nk, step, nothing)
+            m, total, o = _over_tiles(mask, tile_of, nk, visit, nothing)
             if sinks is not None:
                 sink = sinks[head].astype(acc)
                 top = jnp.maximum(m, sink)
@@ -134,6 +147,11 @@ def _forward(settings, q, k, v, bias, sinks, mask, q_offset):
 
 
 def _backward(settings, residuals, cotangents):
+    return _gradients(settings, residuals, cotangents)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _gradients(settings, residuals, cotangents):
     """With delta = rowsum(do * o):  p = exp(s - lse);  dv = p^T do;  ds = p (do v^T - delta + dlse);
     dq = scale ds k;  dk = scale ds^T q;  dsink = sum exp(sink - lse) (dlse - delta).
     """
@@ -146,7 +164,7 @@ def _backward(settings, residuals, cotangents):
     nq, nk = -(-t // bq), -(-s // bk)
     acc = lse.dtype
     qh, kh, vh = _by_head(q, nq * bq), _by_head(k, nk * bk), _by_head(v, nk * bk)
-    doh = _by_head(do, nq * bq)
+    kt, doh = jnp.swapaxes(kh, 1, 2), _by_head(do, nq * bq)
     delta = jnp.einsum("bthd,bthd->bht", do.astype(acc), o.astype(acc)) - dlse
     pad = ((0, 0), (0, nq * bq - t))
     delta_h = jnp.pad(delta.reshape(b * h, t), pad)
@@ -158,35 +176,34 @@ def _backward(settings, residuals, cotangents):
 
         def one_block(carry, j):
             kj, vj = _slice(kh, n, j, bk).astype(acc), _slice(vh, n, j, bk).astype(acc)
+            kjt = lax.dynamic_slice(kt, (n, 0, j * bk), (1, d, bk))[0].astype(acc) * settings.scale
 
-            def step(gi, carry):
-                g, i = gi // nq, gi % nq
-                head = (n % heads) * group + g
-                tile = _tile(i, j, settings, row, head, q_offset, s)
+            def tile_of(gi):
+                return _tile(gi % nq, j, settings, row, (n % heads) * group + gi // nq, q_offset, s)
 
-                def visit(carry):
-                    dq, dbias, dk, dv = carry
-                    m = row * h + head
-                    qi, doi = _slice(qh, m, i, bq).astype(acc), _slice(doh, m, i, bq).astype(acc)
-                    logits, slope = _logits(settings, qi, kj, tile, mask, bias_tiles, i)
-                    p = jnp.exp(logits - _slice(lse_h, m, i, bq)[:, None])
-                    ds = p * (doi @ vj.T - _slice(delta_h, m, i, bq)[:, None])
-                    if dbias is not None:
-                        dbias = _add_to_bias(dbias, ds, tile, i * bq)
-                    ds = ds * (settings.scale * slope)
-                    at = (g, i * bq, 0)
-                    dqi = lax.dynamic_slice(dq, at, (1, bq, d)) + (ds @ kj)[None]
-                    return lax.dynamic_update_slice(dq, dqi, at), dbias, dk + ds.T @ qi, dv + p.T @ doi
-
-                return lax.cond(mask.live(tile), visit, lambda carry: carry, carry)
+            def visit(mask, gi, carry):
+                dqt, dbias, dk, dv = carry
+                g, i, tile = gi // nq, gi % nq, tile_of(gi)
+                m = row * h + (n % heads) * group + g
+                qi, doi = _slice(qh, m, i, bq).astype(acc) * settings.scale, _slice(doh, m, i, bq).astype(acc)
+                logits, slope = _logits(settings, kj, qi, tile, mask, bias_tiles, i, transposed=True)
+                p = _held(jnp.exp(logits - _slice(lse_h, m, i, bq)[None]))
+                ds = p * (vj @ doi.T - _slice(delta_h, m, i, bq)[None])
+                if dbias is not None:
+                    dbias = _add_to_bias(dbias, ds.T, tile, i * bq)
+                ds = _held(ds * slope)
+                at = (g, 0, i * bq)
+                dqi = lax.dynamic_slice(dqt, at, (1, d, bq)) + (kjt @ ds)[None]
+                return lax.dynamic_update_slice(dqt, dqi, at), dbias, dk + ds @ qi, dv + p @ doi
 
             zeros = jnp.zeros_like(kj), jnp.zeros_like(vj)
-            dq, dbias, dk, dv = lax.fori_loop(0, group * nq, step, (*carry, *zeros))
-            return (dq, dbias), (dk.astype(k.dtype), dv.astype(v.dtype))
+            dqt, dbias, dk, dv = _over_tiles(mask, tile_of, group * nq, visit, (*carry, *zeros))
+            return (dqt, dbias), (dk.astype(k.dtype), dv.astype(v.dtype))
 
-        dq = jnp.zeros((group, nq * bq, d), acc)
-        (dq, dbias), (dk, dv) = lax.scan(one_block, (dq, dbias), jnp.arange(nk))
-        return dbias, (dq[:, :t].astype(q.dtype), dk.reshape(nk * bk, -1)[:s], dv.reshape(nk * bk, -1)[:s])
+        dqt = jnp.zeros((group, d, nq * bq), acc)
+        (dqt, dbias), (dk, dv) = lax.scan(one_block, (dqt, dbias), jnp.arange(nk))
+        dq = jnp.swapaxes(dqt[:, :, :t], 1, 2).astype(q.dtype)
+        return dbias, (dq, dk.reshape(nk * bk, -1)[:s], dv.reshape(nk * bk, -1)[:s])
 
     dbias = None if bias_tiles is None else jnp.zeros(bias_tiles.shape, acc)
     dbias, (dq, dk, dv) = lax.scan(one_group, dbias, jnp.arange(b * heads))
@@ -205,18 +222,59 @@ def _backward(settings, residuals, cotangents):
 _attention.defvjp(_forward, _backward)
 
 
-def _logits(settings, q, k, tile, mask, bias, i) -> tuple[jax.Array, Any]:
-    """The masked logits of one tile [bq, bk], and the slope of the soft cap (1.0 without)."""
-    logits, slope = (q * settings.scale) @ k.T, 1.0
+@_gradients.defjvp
+def _second_derivatives(settings, primals, tangents):
+    raise ValueError(
+        'attention: implementation="xla" has no second derivatives; use implementation="reference", which has all.'
+    )
+
+
+def _held(x: jax.Array) -> jax.Array:
+    """x in memory, computed once: XLA's CPU backend would compute an exp again inside a sum, element by element."""
+    return lax.optimization_barrier(x)
+
+
+def _over_tiles(mask, tile_of, count, visit, carry):
+    """Visits the tiles 0 .. count - 1 that the mask does not empty, first those in which it allows every pair.
+
+    Args:
+      tile_of: (index) -> Tile.
+      visit: (mask, index, carry) -> carry; the mask is None where nothing is masked.
+    """
+    if isinstance(mask, masks.Full):
+        mask = None
+    first = tile_of(0)
+    if first.k_length % first.k_size:
+        mask = _Inside() if mask is None else _Inside() & mask
+    if mask is None:
+        return lax.fori_loop(0, count, functools.partial(visit, None), carry)
+
+    def kind(index):
+        live, full = (jnp.asarray(f(tile_of(index)), jnp.int32) for f in (mask.live, mask.full))
+        return live * (1 + full)
+
+    kinds = lax.map(kind, jnp.arange(count))
+    order = jnp.argsort(kinds, descending=True, stable=True)
+    full, live = jnp.sum(kinds == 2), jnp.sum(kinds > 0)
+    carry = lax.fori_loop(0, full, lambda n, carry: visit(None, order[n], carry), carry)
+    return lax.fori_loop(full, live, lambda n, carry: visit(mask, order[n], carry), carry)
+
+
+def _logits(settings, a, b, tile, mask, bias, i, *, transposed=False) -> tuple[jax.Array, Any]:
+    """The masked logits of one tile, a b^T, and the slope of the soft cap (1.0 without).
+
+    [bq, bk] from queries (scaled) and keys; transposed, [bk, bq] from keys and queries.
+    """
+    turned = (lambda x: x.T) if transposed else (lambda x: x)
+    logits, slope = a @ b.T, 1.0
     if settings.soft_cap is not None:
         bent = jnp.tanh(logits / settings.soft_cap)
         logits, slope = settings.soft_cap * bent, 1.0 - bent * bent
     if bias is not None:
-        logits = logits + lax.dynamic_slice(bias, *_bias_window(bias, tile, i * tile.q_size))[0, 0]
-    allowed = mask.allowed(tile)[0, 0]
-    if tile.k_length % tile.k_size:
-        allowed = allowed & (tile.k < tile.k_length)[0, 0]
-    return jnp.where(allowed, logits, MASKED), slope
+        logits = logits + turned(lax.dynamic_slice(bias, *_bias_window(bias, tile, i * tile.q_size))[0, 0])
+    if mask is not None:
+        logits = jnp.where(turned(mask.allowed(tile)[0, 0]), logits, MASKED)
+    return logits, slope
 
 
 def _tile(i, j, settings, row, head, q_offset, s) -> masks.Tile:

@@ -117,6 +117,10 @@ class Mask:
         """Scalar bool: False only if no pair of the tile is allowed."""
         raise NotImplementedError
 
+    def full(self, tile: Rectangle) -> Any:
+        """Scalar bool: True only if every pair of the tile is allowed."""
+        return False
+
     def check(self, shape: tuple[int, int, int, int], q_offset: Index) -> None:
         """Raise ValueError if the mask's arrays cannot serve attention of `shape` (B, H, T, S)."""
 
@@ -187,6 +191,9 @@ class Full(Mask):
     def live(self, tile):
         return True
 
+    def full(self, tile):
+        return True
+
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +205,9 @@ class Causal(Mask):
 
     def live(self, tile):
         return tile.k_first <= tile.q_last
+
+    def full(self, tile):
+        return tile.k_last <= tile.q_first
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -215,6 +225,9 @@ class Window(Mask):
 
     def live(self, tile):
         return (tile.k_first <= tile.q_last) & (tile.k_last > tile.q_first - self.n)
+
+    def full(self, tile):
+        return (tile.k_last <= tile.q_first) & (tile.k_first > tile.q_last - self.n)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -235,6 +248,11 @@ class Chunked(Mask):
         k_first, k_last = _div(tile.k_first, self.n), _div(tile.k_last, self.n)
         return (q_first <= k_last) & (k_first <= q_last)
 
+    def full(self, tile):
+        q_first, q_last = _div(tile.q_first, self.n), _div(tile.q_last, self.n)
+        k_first, k_last = _div(tile.k_first, self.n), _div(tile.k_last, self.n)
+        return (q_first == q_last) & (k_first == k_last) & (q_first == k_first)
+
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -248,6 +266,9 @@ class Prefix(Mask):
 
     def live(self, tile):
         return tile.k_first < jnp.max(tile.of_row(self.lengths))
+
+    def full(self, tile):
+        return tile.k_last < jnp.min(tile.of_row(self.lengths))
 
     def check(self, shape, q_offset):
         _expect("Prefix", "lengths", jnp.shape(self.lengths), ((shape[0], 1),), "[B]")
@@ -275,6 +296,10 @@ class Segments(Mask):
         q, k = tile.of_query(self.q_ids), tile.of_key(self.keys())
         return (jnp.min(q) <= jnp.max(k)) & (jnp.min(k) <= jnp.max(q))
 
+    def full(self, tile):
+        q, k = tile.of_query(self.q_ids), tile.of_key(self.keys())
+        return (jnp.min(q) == jnp.max(k)) & (jnp.min(k) == jnp.max(q))
+
     def check(self, shape, q_offset):
         b, _, t, s = shape
         _expect("Segments", "q_ids", jnp.shape(self.q_ids), ((b, 1), _rows(t, q_offset)), "[B, q_offset + T]")
@@ -299,6 +324,9 @@ class Tree(Mask):
 
     def live(self, tile):
         return (tile.k_first <= tile.q_last) & (tile.q_first < jnp.max(tile.of_key(self.end)))
+
+    def full(self, tile):
+        return (tile.k_last <= tile.q_first) & (tile.q_last < jnp.min(tile.of_key(self.end)))
 
     def check(self, shape, q_offset):
         _expect("Tree", "end", jnp.shape(self.end), ((shape[0], 1), (shape[3],)), "[B, S]")
@@ -338,6 +366,11 @@ class BlockDiffusion(Mask):
         clean = q_clean & k_clean & (kc_first <= qc_last)
         return own_noisy | earlier | clean
 
+    def full(self, tile):
+        half = tile.k_length // 2
+        clean = (tile.q_first >= half) & (tile.k_first >= half)
+        return clean & (_div(tile.k_last - half, self.block) <= _div(tile.q_first - half, self.block))
+
     def _halves(self, span, half):
         """(any noisy, first noisy block, last noisy block), (the same for clean) of a span of indices."""
         first, last = span
@@ -363,6 +396,9 @@ class Dense(Mask):
     def live(self, tile):
         return jnp.any(tile.of_pair(self.array))
 
+    def full(self, tile):
+        return jnp.all(tile.of_pair(self.array))
+
     def check(self, shape, q_offset):
         b, h, t, s = shape
         expected = ((b, 1), (h, 1), _rows(t, q_offset), (s,))
@@ -385,6 +421,9 @@ class And(Mask):
     def live(self, tile):
         return self.a.live(tile) & self.b.live(tile)
 
+    def full(self, tile):
+        return self.a.full(tile) & self.b.full(tile)
+
     def check(self, shape, q_offset):
         self.a.check(shape, q_offset)
         self.b.check(shape, q_offset)
@@ -403,6 +442,9 @@ class Or(Mask):
 
     def live(self, tile):
         return self.a.live(tile) | self.b.live(tile)
+
+    def full(self, tile):
+        return self.a.full(tile) | self.b.full(tile)
 
     def check(self, shape, q_offset):
         self.a.check(shape, q_offset)

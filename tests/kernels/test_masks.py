@@ -85,21 +85,22 @@ def test_dense_form_is_the_double_loop(name):
 @jax.jit(static_argnames=("q_size", "k_size"))
 def of_tile(mask, q_first, k_first, row, head, *, q_size, k_size):
     tile = Tile(q_first, q_size, k_first, k_size, N, row, head)
-    return jnp.broadcast_to(mask.allowed(tile), (1, 1, q_size, k_size))[0, 0], mask.live(tile)
+    return jnp.broadcast_to(mask.allowed(tile), (1, 1, q_size, k_size))[0, 0], mask.live(tile), mask.full(tile)
 
 
 @pytest.mark.parametrize("name", MASKS)
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_tiles_are_parts_of_the_whole_and_never_wrongly_dead(name, data):
+def test_tiles_are_parts_of_the_whole_and_never_wrongly_dead_or_full(name, data):
     mask, whole = MASKS[name][0], WHOLE[name]
     q_size, k_size = data.draw(st.sampled_from([(1, 1), (2, 3), (4, 4), (1, N), (5, 2)]))
     q_first, k_first = data.draw(st.integers(0, N - q_size)), data.draw(st.integers(0, N - k_size))
     row, head = data.draw(st.integers(0, 1)), data.draw(st.integers(0, 2))
-    allowed, live = of_tile(mask, q_first, k_first, row, head, q_size=q_size, k_size=k_size)
+    allowed, live, full = of_tile(mask, q_first, k_first, row, head, q_size=q_size, k_size=k_size)
     want = whole[row, head, q_first : q_first + q_size, k_first : k_first + k_size]
     np.testing.assert_array_equal(allowed, want)
     assert live or not want.any()
+    assert not full or want.all()
 
 
 @pytest.mark.parametrize("name", [name for name in MASKS if name not in ("full", "segments")])
@@ -122,6 +123,21 @@ def test_no_two_masks_have_the_same_structure():
 def live_tiles(mask, n, block):
     live = jax.jit(lambda mask, i, j: jnp.asarray(mask.live(Tile(i, block, j, block, n, 0, 0))))
     return sum(bool(live(mask, i, j)) for i in range(0, n, block) for j in range(0, n, block))
+
+
+def test_how_many_tiles_need_no_mask():
+    full = jax.jit(lambda mask, i, j: jnp.asarray(mask.full(Tile(i, 16, j, 16, 128, 0, 0))))
+    count = lambda mask: sum(bool(full(mask, i, j)) for i in range(0, 128, 16) for j in range(0, 128, 16))
+    ids = jnp.repeat(jnp.arange(4, dtype=jnp.int32), 32)[None]
+    n = 8
+    assert count(Full()) == n * n
+    assert count(Causal()) == n * (n - 1) // 2
+    assert count(Window(64)) == (n - 1) + (n - 2) + (n - 3)
+    assert count(Chunked(32)) == count(Segments(ids)) == 4 * 4
+    assert count(Causal() & Segments(ids)) == count(Tree(32 * (ids + 1))) == 4
+    assert count(Causal() | Prefix(jnp.array([20]))) == n * (n - 1) // 2 + 1
+    assert count(BlockDiffusion(16)) == 4 + 3 + 2 + 1
+    assert count(Dense(jnp.ones((1, 1, 128, 128), bool))) == n * n
 
 
 def test_how_many_tiles_live():
