@@ -11,6 +11,7 @@ bootstraps.
 """
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -47,6 +48,8 @@ class DQNConfig:
     """Environment steps at random before learning begins."""
     learning_rate: float = 2.5e-4
     """Adam's."""
+    anneal_steps: int = 0
+    """Environment steps over which the learning rate falls linearly to zero; 0: it stays."""
     max_grad_norm: float | None = None
     """Global norm above which gradients are scaled down; None leaves them."""
     discount: float = 0.99
@@ -85,7 +88,7 @@ def make(config: DQNConfig, env: Env, *, network: networks.Network | None = None
         raise ValueError(f"dqn needs discrete actions, {env.name} has {env.action_space}; use ddpg, td3 or sac")
     network = network or q_network(config, env)
     actions = env.action_space.n
-    optimizer = optax.flatten(optax.adam(config.learning_rate))
+    optimizer = optax.flatten(optax.scale_by_adam())
     if config.max_grad_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optimizer)
     q = lambda params, observation: network.step(params, observation, ())[0]
@@ -110,7 +113,7 @@ def make(config: DQNConfig, env: Env, *, network: networks.Network | None = None
         action = jnp.where(at_random, random, greedy)
         return action, action
 
-    def update(learnt, now, noise):
+    def update(rate, learnt, now, noise):
         batch, q_target = now
 
         def loss(params):
@@ -125,13 +128,14 @@ def make(config: DQNConfig, env: Env, *, network: networks.Network | None = None
 
         (value, errors), gradient = jax.value_and_grad(loss, has_aux=True)(learnt.params)
         updates, optimizer_state = optimizer.update(gradient, learnt.optimizer)
-        params = optax.apply_updates(learnt.params, updates)
+        params = jax.tree.map(lambda p, u: p - rate * u, learnt.params, updates)
         learnt = Learnt(params, learnt.target, optimizer_state, learnt.updates + 1)
         return learnt, errors, {"q/loss": value, "q/target": q_target.mean()}
 
     def learn(learnt, batch, noise, before, after):
         q_target = q(learnt.target, batch.successor)  # the target network rests during a round
-        learnt, errors, metrics = replay.over_minibatches(update, learnt, (batch, q_target), noise)
+        step = functools.partial(update, learning_rate(config, before))
+        learnt, errors, metrics = replay.over_minibatches(step, learnt, (batch, q_target), noise)
         due = replay.crossings(before, after, config.target_every) > 0
         target = replay.polyak(learnt.target, learnt.params, jnp.where(due, config.target_rate, 0.0))
         return learnt._replace(target=target), errors, metrics | {"q/epsilon": epsilon(config, before)}
@@ -151,6 +155,13 @@ def td_errors(q_tm1: jax.Array, batch: Batch, q_value: jax.Array, q_selector: ja
       q_value, q_selector: [B, A] values of the successors, by the network that values and the one that chooses.
     """
     return td.double_q_learning(q_tm1, batch.action, batch.reward, batch.discount, q_value, q_selector)
+
+
+def learning_rate(config: DQNConfig, env_steps: jax.Array | int) -> jax.Array | float:
+    """Adam's after so many environment steps."""
+    if not config.anneal_steps:
+        return config.learning_rate
+    return config.learning_rate * jnp.maximum(1.0 - jnp.asarray(env_steps, jnp.float32) / config.anneal_steps, 0.0)
 
 
 def epsilon(config: DQNConfig, env_steps: jax.Array | int) -> jax.Array:

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from jaxrl.agents import ddpg, evaluate, presets, sac, td3
+from jaxrl.agents import ddpg, dqn, evaluate, presets, sac, td3
 from jaxrl.envs import make as make_env
 
 pytestmark = pytest.mark.slow
@@ -12,6 +12,7 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "make", "env", "least"),
     [
+        ("dqn", dqn.make, "CartPole-v1", 475),
         ("ddpg", ddpg.make, "Pendulum-v1", -200),
         ("td3", td3.make, "Pendulum-v1", -200),
         ("sac", sac.make, "Pendulum-v1", -200),
