@@ -2,13 +2,15 @@
 
 python benchmarks/agents/floor.py ppo-64x16
 
-"products" runs the products of actor and critic for a whole training and nothing else; "gradient" compiles the loss,
-its gradient and the optimizer's step; "acting" compiles a rollout; "initialising" compiles the first state.
+The products of actor and critic for a whole training and nothing else, as plain products and by `small_dot`; seconds to
+trace and compile the loss, its gradient and the optimizer's step, a rollout, and the first state.
 """
 
 import argparse
 import json
+import statistics
 import time
+from collections.abc import Callable
 
 import cases
 import jax
@@ -19,13 +21,14 @@ from jax.flatten_util import ravel_pytree
 
 from jaxrl import envs
 from jaxrl.agents import networks, on_policy, ppo
+from jaxrl.nets.layers import small_dot
 
 
-def products(config, updates: int, sizes: tuple[int, ...]):
+def products(config, updates: int, sizes: tuple[int, ...], dot: Callable):
     """A program of the products that two networks of these sizes need, and no others."""
 
     def network(x, kernels):
-        return [x := (x @ kernel) * 0.1 for kernel in kernels][-1]
+        return [x := dot(x, kernel) * 0.1 for kernel in kernels][-1]
 
     def train(key):
         shapes = list(zip(sizes[:-1], sizes[1:], strict=True))
@@ -59,16 +62,16 @@ def main():
     """Prints one JSON line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("case", choices=[name for name, case in cases.CASES.items() if case.agent == "ppo"])
-    case = cases.CASES[parser.parse_args().case]
+    options = parser.parse_args()
+    case = cases.CASES[options.case]
     config, env = ppo.PPOConfig(**case.settings), envs.make(case.env)
     agent, key = ppo.make(config, env), jax.random.key(0)
     actor, critic = networks.actor_and_critic(config, env, None, None)
     state = jax.eval_shape(agent.init, key)
-    timing, _ = jax_timing.time_training(
-        products(config, case.steps // agent.env_steps, (*env.observation_space.shape, *config.hidden, 2)),
-        key,
-        key,
-        key,
+    sizes = (*env.observation_space.shape, *config.hidden, 2)
+    plain, own = (
+        jax_timing.time_training(products(config, case.steps // agent.env_steps, sizes, dot), key, key, key)[0]
+        for dot in (jnp.dot, small_dot)
     )
     roll = lambda state: on_policy.rollout(env, actor, critic, state, steps=config.steps, discount=0.99, lambda_=0.95)
     batch = jax.eval_shape(lambda state: on_policy.single_steps(roll(state)[1]), state)
@@ -79,7 +82,11 @@ def main():
         loss = lambda flat: ppo.loss(config, actor, critic, unflatten(flat), batch)
         return on_policy.descend(optimizer, loss, flat, state.optimizer, rate=1e-3)
 
-    line = cases.line("floor", parser.parse_args().case, **timing) | {
+    cpu = lambda timing: round(statistics.median(cpu for cpu, _ in timing["runs"]), 2)
+    line = {
+        "case": options.case,
+        "products_cpu_s": cpu(plain),
+        "products_by_small_dot_cpu_s": cpu(own),
         "compile_gradient_s": compiled(gradient, state, batch),
         "compile_acting_s": compiled(lambda s: on_policy.gather(env, actor, s, steps=config.steps)[1].reward, state),
         "compile_initialising_s": compiled(agent.init, key),
