@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl.agents import networks, replay
+from jaxrl.agents import networks, on_policy, replay
 from jaxrl.agents.agent import Agent
 from jaxrl.agents.replay import Batch, Learnt
 from jaxrl.envs.env import Discrete, Env
@@ -48,8 +48,8 @@ class DQNConfig:
     """Environment steps at random before learning begins."""
     learning_rate: float = 2.5e-4
     """Adam's."""
-    anneal_steps: int = 0
-    """Environment steps over which the learning rate falls linearly to zero; 0: it stays."""
+    anneal: int = 0
+    """Steps of the agent over which the learning rate falls linearly to zero; 0: it stays; -1: all of a run."""
     max_grad_norm: float | None = None
     """Global norm above which gradients are scaled down; None leaves them."""
     discount: float = 0.99
@@ -134,8 +134,9 @@ def make(config: DQNConfig, env: Env, *, network: networks.Network | None = None
 
     def learn(learnt, batch, noise, before, after):
         q_target = q(learnt.target, batch.successor)  # the target network rests during a round
-        step = functools.partial(update, learning_rate(config, before))
-        learnt, errors, metrics = replay.over_minibatches(step, learnt, (batch, q_target), noise)
+        done = before / (config.envs * config.steps * config.rounds)
+        paced = functools.partial(update, on_policy.annealed(config.learning_rate, done, config.anneal))
+        learnt, errors, metrics = replay.over_minibatches(paced, learnt, (batch, q_target), noise)
         due = replay.crossings(before, after, config.target_every) > 0
         target = replay.polyak(learnt.target, learnt.params, jnp.where(due, config.target_rate, 0.0))
         return learnt._replace(target=target), errors, metrics | {"q/epsilon": epsilon(config, before)}
@@ -155,13 +156,6 @@ def td_errors(q_tm1: jax.Array, batch: Batch, q_value: jax.Array, q_selector: ja
       q_value, q_selector: [B, A] values of the successors, by the network that values and the one that chooses.
     """
     return td.double_q_learning(q_tm1, batch.action, batch.reward, batch.discount, q_value, q_selector)
-
-
-def learning_rate(config: DQNConfig, env_steps: jax.Array | int) -> jax.Array | float:
-    """Adam's after so many environment steps."""
-    if not config.anneal_steps:
-        return config.learning_rate
-    return config.learning_rate * jnp.maximum(1.0 - jnp.asarray(env_steps, jnp.float32) / config.anneal_steps, 0.0)
 
 
 def epsilon(config: DQNConfig, env_steps: jax.Array | int) -> jax.Array:

@@ -44,6 +44,21 @@ def test_epsilon_falls_and_rests():
     np.testing.assert_allclose([dqn.epsilon(config, n) for n in (0, 50, 100, 1000)], [0.9, 0.5, 0.1, 0.1], rtol=1e-6)
 
 
+@pytest.mark.parametrize("anneal", [0, 2])
+def test_learning_rate_falls_to_zero(anneal):
+    """Over two steps of the agent: the third changes nothing. With 0 it stays."""
+    config = dqn.DQNConfig(envs=2, rounds=3, batch=4, capacity=64, warmup=2, hidden=(4,), anneal=anneal)
+    agent = dqn.make(config, ENV)
+    step, states = jax.jit(agent.step), [jax.jit(agent.init)(jax.random.key(0))]
+    for _ in range(3):
+        states.append(step(states[-1])[0])
+    sizes = [
+        sum(float(jnp.abs(x - y).sum()) for x, y in zip(*map(jax.tree.leaves, (a.params, b.params)), strict=True))
+        for a, b in zip(states[:-1], states[1:], strict=True)
+    ]
+    assert sizes[0] > 0 and sizes[1] > 0 and (sizes[2] == 0) == bool(anneal)
+
+
 def test_dueling():
     """The mean over actions is the value; shifting all advantages changes nothing."""
     head = dqn.Dueling(3)

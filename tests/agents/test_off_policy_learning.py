@@ -1,5 +1,7 @@
 """Whole runs on real tasks, at the settings of `presets`."""
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -21,10 +23,13 @@ pytestmark = pytest.mark.slow
 def test_reaches_the_published_return(name, make, env, least):
     config, env_steps = presets.config(name, env)
     task = make_env(env)
+    steps = -(-env_steps // (config.envs * config.steps * config.rounds))
+    if name == "dqn":
+        config = dataclasses.replace(config, anneal=steps)
     agent = make(config, task)
 
     def run(key):
-        state, _ = jax.lax.scan(agent.step, agent.init(key), length=-(-env_steps // agent.env_steps))
+        state, _ = jax.lax.scan(agent.step, agent.init(key), length=steps)
         return evaluate.evaluate(agent, task, state.params, jax.random.key(1), episodes=32).returns.mean()
 
     assert float(jax.jit(run)(jax.random.key(0))) >= least
