@@ -62,7 +62,7 @@ PRESETS: dict[tuple[str, str], tuple[Any, int]] = {
     ("dqn", "CartPole-v1"): (
         DQNConfig(
             updates=2,
-            capacity=50_000,
+            capacity=100_000,
             learning_rate=5e-4,
             anneal=-1,
             double=True,
@@ -71,7 +71,7 @@ PRESETS: dict[tuple[str, str], tuple[Any, int]] = {
             target_rate=0.01,
             epsilon_steps=100_000,
         ),
-        300_000,
+        500_000,
     ),
     ("dqn", "Acrobot-v1"): (DQNConfig(capacity=50_000, epsilon_steps=250_000), 500_000),
     ("ddpg", "Pendulum-v1"): (DDPGConfig(), 20_000),
