@@ -246,10 +246,11 @@ def make(env: Env, learner: Learner, config: Config, memory: Memory) -> Agent:
 
     def step(state: State, data: Any = None) -> tuple[State, dict[str, jax.Array]]:
         now = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
-        keys = jax.random.split(now, config.rounds)
+        round_key, noise_key = jax.random.split(now)
+        keys = jax.random.split(round_key, config.rounds)
         before = (state.step * config.rounds + jnp.arange(config.rounds)) * per_round
         carry = (state.learnt, state.interaction, state.buffer)
-        noise = jax.vmap(learner.noise)(jax.random.split(jax.random.fold_in(now, 1), config.rounds * config.updates))
+        noise = jax.vmap(learner.noise)(jax.random.split(noise_key, config.rounds * config.updates))
         noise = jax.tree.map(lambda x: x.reshape(config.rounds, config.updates, *x.shape[1:]), noise)
         numbers, to_key = interact.key_numbers(keys)
         base = jax.random.fold_in(state.key, 2)
