@@ -1,5 +1,6 @@
 """Attention: one door, a mask algebra, and implementations that agree."""
 
+from jaxrl.kernels.attention.alibi import alibi_slopes as alibi_slopes
 from jaxrl.kernels.attention.api import attention as attention
 from jaxrl.kernels.attention.masks import BlockDiffusion as BlockDiffusion
 from jaxrl.kernels.attention.masks import Causal as Causal

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.kernels.attention import masks
+from jaxrl.kernels.attention.alibi import alibi_bias
 from jaxrl.kernels.attention.blocked import blocked_attention
+from jaxrl.kernels.attention.dropout import dropout_of, keep_factor
 from jaxrl.kernels.attention.reference import dense_attention
 from jaxrl.kernels.attention.tpu import pallas_attention, refusal
 
@@ -26,14 +28,18 @@ def attention(
     scale: float | None = None,
     soft_cap: float | None = None,
     bias: jax.Array | None = None,
+    alibi: jax.Array | None = None,
     sinks: jax.Array | None = None,
+    dropout: float = 0.0,
+    dropout_key: jax.Array | None = None,
     implementation: str | None = None,
     return_lse: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """softmax(scale q k^T) v over the keys that the mask allows.
 
-        s = scale * q k^T;  s = soft_cap * tanh(s / soft_cap);  s = s + bias;  s = -inf where the mask forbids
-        o = sum_k exp(s_k - lse) v_k,   lse = log(sum_k exp(s_k) + exp(sink))
+        s = scale * q k^T;  s = soft_cap * tanh(s / soft_cap);  s = s + bias - alibi |q - k|
+        s = -inf where the mask forbids
+        o = sum_k kept_k exp(s_k - lse) v_k,   lse = log(sum_k exp(s_k) + exp(sink))
 
     The bias is added after the soft cap, so that a bias of -inf masks. Softmax and sums are float32 whatever
     the inputs. A query that sees no key gets zeros, lse about -1e30 (or the sink), and zero gradients.
@@ -48,8 +54,14 @@ def attention(
       scale: factor on q k^T; default D ** -0.5.
       soft_cap: bound on the logits (Gemma 2), or None.
       bias: added to the logits, [B|1, H|1, T|1, S|1], or None. Differentiable.
+      alibi: slopes [H] that make keys count less with their distance from the query, or None (`alibi_slopes` has the
+        published ones). Constants: they get no gradient.
       sinks: one logit per head, [H], that takes probability and has no value (gpt-oss), or None.
         Differentiable.
+      dropout: share of the weights that is dropped, in [0, 1); kept_k is 0 or 1 / (1 - dropout).
+      dropout_key: key for that, needed where dropout is not 0. What is dropped depends on the key and on the pair's
+        batch row, head, query and key alone, so all implementations drop the same; give the shards of a batch keys of
+        their own.
       implementation: None picks the best one for platform and shape. "reference": dense, O(T S) memory.
         "xla": tiles and online softmax, O(T) memory forward and backward. "pallas": TPU kernel (interpreted
         on CPU).
@@ -61,7 +73,7 @@ def attention(
     Raises:
       ValueError: shapes that do not fit, or a named implementation that does not serve the call.
     """
-    shape = _check(q, k, v, bias, sinks, soft_cap)
+    shape = _check(q, k, v, bias, alibi, sinks, soft_cap)
     if not isinstance(mask, masks.Mask):
         raise ValueError(
             f"attention: mask is {type(mask).__name__}, expected a mask such as Causal(); "
@@ -72,14 +84,33 @@ def attention(
         raise ValueError(f"attention: implementation={implementation!r}, expected None or {IMPLEMENTATIONS}.")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = implementation or _choose(q, k, v, mask, scale, soft_cap, bias)
-    options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap, "bias": bias, "sinks": sinks}
+    dropped = dropout_of(dropout, dropout_key)
+    alibi = None if alibi is None else jax.lax.stop_gradient(jnp.asarray(alibi, jnp.float32))
+    options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap, "sinks": sinks}
     if chosen == "reference":
-        allowed = None if isinstance(mask, masks.Full) else masks.dense(mask, shape, q_offset)
-        o, lse = dense_attention(q, k, v, allowed=allowed, **options)
+        pairs = _pairs(shape, mask, q_offset, bias, alibi, dropped)
+        o, lse = dense_attention(q, k, v, **pairs, **options)
     else:
         tiled = blocked_attention if chosen == "xla" else pallas_attention
-        o, lse = tiled(q, k, v, mask=mask, q_offset=q_offset, **options)
+        options |= {"mask": mask, "q_offset": q_offset, "bias": bias, "alibi": alibi, "dropout": dropped}
+        o, lse = tiled(q, k, v, **options)
     return (o, jnp.swapaxes(lse, 1, 2)) if return_lse else o
+
+
+def _pairs(shape, mask, q_offset, bias, alibi, dropped) -> dict[str, Any]:
+    """What the dense form takes for each pair of query and key."""
+    b, h, t, s = shape
+    whole = masks.Tile(q_offset, t, 0, s, s)
+    allowed = None if isinstance(mask, masks.Full) else mask.allowed(whole)
+    heads = jnp.arange(h).reshape(1, h, 1, 1)
+    if alibi is not None:
+        distance = alibi_bias(alibi[heads], whole.q, whole.k)
+        bias = distance if bias is None else bias + distance
+    kept = None
+    if dropped is not None:
+        rows = jnp.arange(b).reshape(b, 1, 1, 1)
+        kept = keep_factor(dropped.rate, tuple(dropped.seed), rows, heads, whole.q, whole.k)
+    return {"allowed": allowed, "bias": bias, "kept": kept}
 
 
 def _choose(q, k, v, mask, scale, soft_cap, bias) -> str:
@@ -93,7 +124,7 @@ def _choose(q, k, v, mask, scale, soft_cap, bias) -> str:
     return "xla"
 
 
-def _check(q, k, v, bias, sinks, soft_cap) -> tuple[int, int, int, int]:
+def _check(q, k, v, bias, alibi, sinks, soft_cap) -> tuple[int, int, int, int]:
     """(B, H, T, S) of the call, or ValueError."""
     for name, x, axes in (("q", q, "[B, T, H, D]"), ("k", k, "[B, S, K, D]"), ("v", v, "[B, S, K, Dv]")):
         if jnp.ndim(x) != 4:
@@ -112,8 +143,9 @@ def _check(q, k, v, bias, sinks, soft_cap) -> tuple[int, int, int, int]:
         raise ValueError(
             f"attention: bias has shape {jnp.shape(bias)}, expected [B, H, T, S] = {full}, any axis may be 1."
         )
-    if sinks is not None and jnp.shape(sinks) != (h,):
-        raise ValueError(f"attention: sinks has shape {jnp.shape(sinks)}, expected [H] = ({h},).")
+    for name, x in (("alibi", alibi), ("sinks", sinks)):
+        if x is not None and jnp.shape(x) != (h,):
+            raise ValueError(f"attention: {name} has shape {jnp.shape(x)}, expected [H] = ({h},).")
     if isinstance(soft_cap, int | float) and soft_cap <= 0:
         raise ValueError(f"attention: soft_cap = {soft_cap}, expected a positive number, or None for no cap.")
     return full

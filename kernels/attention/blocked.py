@@ -8,7 +8,6 @@ the mask empties are not visited, and tiles in which it allows every pair are no
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -17,24 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrl.kernels.attention import masks
+from jaxrl.kernels.attention.alibi import alibi_bias
+from jaxrl.kernels.attention.dropout import Dropout, keep_factor
 from jaxrl.kernels.attention.reference import MASKED, SEEN
 
 BLOCK = {"cpu": 256}  # tile side by platform; on CPU 256 takes the least processor time of 64 .. 2048
-
-
-@jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True)
-class _Inside(masks.Mask):
-    """Keys that exist: the last tile may overhang."""
-
-    def allowed(self, tile):
-        return tile.k < tile.k_length
-
-    def live(self, tile):
-        return True
-
-    def full(self, tile):
-        return tile.k_last < tile.k_length
 
 
 class Settings(NamedTuple):
@@ -44,6 +30,23 @@ class Settings(NamedTuple):
     soft_cap: float | None
     block_q: int
     block_k: int
+    dropout: float = 0.0  # rate
+
+
+class Residuals(NamedTuple):
+    """What the forward pass keeps for the backward pass."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    bias: jax.Array | None
+    sinks: jax.Array | None
+    mask: masks.Mask
+    q_offset: jax.Array
+    o: jax.Array
+    lse: jax.Array
+    alibi: jax.Array | None = None
+    seed: jax.Array | None = None
 
 
 def blocked_attention(
@@ -56,7 +59,9 @@ def blocked_attention(
     scale: float,
     soft_cap: float | None = None,
     bias: jax.Array | None = None,
+    alibi: jax.Array | None = None,
     sinks: jax.Array | None = None,
+    dropout: Dropout | None = None,
     block_q: int | None = None,
     block_k: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -66,7 +71,8 @@ def blocked_attention(
 
     Args:
       q: [B, T, H, D]. k: [B, S, K, D]. v: [B, S, K, Dv].
-      mask, q_offset, scale, soft_cap, bias, sinks: as in `attention`; scale and soft_cap are Python numbers.
+      mask, q_offset, scale, soft_cap, bias, alibi, sinks: as in `attention`; scale and soft_cap are Python numbers.
+      dropout: rate and seed, or None.
       block_q, block_k: upper bounds on the tile's sides; default by platform.
 
     Returns:
@@ -82,8 +88,10 @@ def blocked_attention(
                 f'{type(value).__name__}; use implementation="reference".'
             )
     block = BLOCK.get(jax.default_backend(), 512)
-    settings = Settings(scale, soft_cap, _block(q.shape[1], block_q or block), _block(k.shape[1], block_k or block))
-    return _attention(settings, q, k, v, bias, sinks, mask, jnp.asarray(q_offset, jnp.int32))
+    sides = _block(q.shape[1], block_q or block), _block(k.shape[1], block_k or block)
+    rate, seed = (0.0, None) if dropout is None else dropout
+    settings = Settings(scale, soft_cap, *sides, rate)
+    return _attention(settings, q, k, v, bias, sinks, mask, jnp.asarray(q_offset, jnp.int32), alibi, seed)
 
 
 def _block(length: int, limit: int) -> int:
@@ -93,11 +101,11 @@ def _block(length: int, limit: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(settings, q, k, v, bias, sinks, mask, q_offset):
-    return _forward(settings, q, k, v, bias, sinks, mask, q_offset)[0]
+def _attention(settings, q, k, v, bias, sinks, mask, q_offset, alibi, seed):
+    return _forward(settings, q, k, v, bias, sinks, mask, q_offset, alibi, seed)[0]
 
 
-def _forward(settings, q, k, v, bias, sinks, mask, q_offset):
+def _forward(settings, q, k, v, bias, sinks, mask, q_offset, alibi=None, seed=None):
     b, t, h, d = q.shape
     s, heads = k.shape[1], k.shape[2]
     bq, bk = settings.block_q, settings.block_k
@@ -118,12 +126,16 @@ def _forward(settings, q, k, v, bias, sinks, mask, q_offset):
             def visit(mask, j, carry):
                 m, total, o = carry
                 kj, vj = _slice(kh, kv, j, bk).astype(acc), _slice(vh, kv, j, bk).astype(acc)
-                logits = _held(_logits(settings, qi, kj, tile_of(j), mask, bias_tiles, i)[0])
+                tile = tile_of(j)
+                logits = _held(_logits(settings, qi, kj, tile, mask, bias_tiles, alibi, i)[0])
                 m_new = jnp.maximum(m, jnp.max(logits, axis=-1))
                 safe = jnp.where(m_new < SEEN, 0.0, m_new)
                 p = _held(jnp.exp(logits - safe[:, None]))
                 decay = jnp.exp(m - safe)
-                return m_new, total * decay + jnp.sum(p, axis=-1), o * decay[:, None] + p @ vj
+                total = total * decay + jnp.sum(p, axis=-1)
+                if seed is not None:
+                    p = p * _kept(settings, seed, tile)
+                return m_new, total, o * decay[:, None] + p @ vj
 
             m = jnp.full((bq,), MASKED, acc)
             nothing = m, jnp.zeros_like(m), jnp.zeros((bq, v.shape[-1]), acc)
@@ -143,7 +155,7 @@ def _forward(settings, q, k, v, bias, sinks, mask, q_offset):
     o, lse = lax.map(one_head, jnp.arange(b * h))
     o = jnp.swapaxes(o.reshape(b, h, t, -1), 1, 2)
     lse = lse.reshape(b, h, t)
-    return (o, lse), (q, k, v, bias, sinks, mask, q_offset, o, lse)
+    return (o, lse), Residuals(q, k, v, bias, sinks, mask, q_offset, o, lse, alibi, seed)
 
 
 def _backward(settings, residuals, cotangents):
@@ -155,7 +167,7 @@ def _gradients(settings, residuals, cotangents):
     """With delta = rowsum(do * o):  p = exp(s - lse);  dv = p^T do;  ds = p (do v^T - delta + dlse);
     dq = scale ds k;  dk = scale ds^T q;  dsink = sum exp(sink - lse) (dlse - delta).
     """
-    q, k, v, bias, sinks, mask, q_offset, o, lse = residuals
+    q, k, v, bias, sinks, mask, q_offset, o, lse, alibi, seed = Residuals(*residuals)
     do, dlse = cotangents
     b, t, h, d = q.shape
     s, heads = k.shape[1], k.shape[2]
@@ -186,15 +198,19 @@ def _gradients(settings, residuals, cotangents):
                 g, i, tile = gi // nq, gi % nq, tile_of(gi)
                 m = row * h + (n % heads) * group + g
                 qi, doi = _slice(qh, m, i, bq).astype(acc) * settings.scale, _slice(doh, m, i, bq).astype(acc)
-                logits, slope = _logits(settings, kj, qi, tile, mask, bias_tiles, i, transposed=True)
+                logits, slope = _logits(settings, kj, qi, tile, mask, bias_tiles, alibi, i, transposed=True)
                 p = _held(jnp.exp(logits - _slice(lse_h, m, i, bq)[None]))
-                ds = p * (vj @ doi.T - _slice(delta_h, m, i, bq)[None])
+                dp, passed = vj @ doi.T, p
+                if seed is not None:
+                    kept = _kept(settings, seed, tile).T
+                    dp, passed = dp * kept, p * kept
+                ds = p * (dp - _slice(delta_h, m, i, bq)[None])
                 if dbias is not None:
                     dbias = _add_to_bias(dbias, ds.T, tile, i * bq)
                 ds = _held(ds * slope)
                 at = (g, 0, i * bq)
                 dqi = lax.dynamic_slice(dqt, at, (1, d, bq)) + (kjt @ ds)[None]
-                return lax.dynamic_update_slice(dqt, dqi, at), dbias, dk + ds @ qi, dv + p @ doi
+                return lax.dynamic_update_slice(dqt, dqi, at), dbias, dk + ds @ qi, dv + passed @ doi
 
             zeros = jnp.zeros_like(kj), jnp.zeros_like(vj)
             dqt, dbias, dk, dv = _over_tiles(mask, tile_of, group * nq, visit, (*carry, *zeros))
@@ -216,7 +232,7 @@ def _gradients(settings, residuals, cotangents):
     if sinks is not None:
         weight = jnp.exp(sinks.astype(acc)[None, :, None] - lse)
         dsinks = -jnp.sum(weight * delta, axis=(0, 2)).astype(sinks.dtype)
-    return dq, dk, dv, dbias, dsinks, None, None
+    return dq, dk, dv, dbias, dsinks, None, None, None, None
 
 
 _attention.defvjp(_forward, _backward)
@@ -245,7 +261,7 @@ def _over_tiles(mask, tile_of, count, visit, carry):
         mask = None
     first = tile_of(0)
     if first.k_length % first.k_size:
-        mask = _Inside() if mask is None else _Inside() & mask
+        mask = masks.Exists() if mask is None else masks.Exists() & mask
     if mask is None:
         return lax.fori_loop(0, count, functools.partial(visit, None), carry)
 
@@ -260,7 +276,7 @@ def _over_tiles(mask, tile_of, count, visit, carry):
     return lax.fori_loop(full, live, lambda n, carry: visit(mask, order[n], carry), carry)
 
 
-def _logits(settings, a, b, tile, mask, bias, i, *, transposed=False) -> tuple[jax.Array, Any]:
+def _logits(settings, a, b, tile, mask, bias, alibi, i, *, transposed=False) -> tuple[jax.Array, Any]:
     """The masked logits of one tile, a b^T, and the slope of the soft cap (1.0 without).
 
     [bq, bk] from queries (scaled) and keys; transposed, [bk, bq] from keys and queries.
@@ -272,9 +288,16 @@ def _logits(settings, a, b, tile, mask, bias, i, *, transposed=False) -> tuple[j
         logits, slope = settings.soft_cap * bent, 1.0 - bent * bent
     if bias is not None:
         logits = logits + turned(lax.dynamic_slice(bias, *_bias_window(bias, tile, i * tile.q_size))[0, 0])
+    if alibi is not None:
+        logits = logits + turned(alibi_bias(alibi[tile.head], tile.q, tile.k)[0, 0])
     if mask is not None:
         logits = jnp.where(turned(mask.allowed(tile)[0, 0]), logits, MASKED)
     return logits, slope
+
+
+def _kept(settings, seed, tile):
+    """What dropout multiplies the weights of a tile with, [bq, bk]."""
+    return keep_factor(settings.dropout, tuple(seed), tile.row, tile.head, tile.q, tile.k)[0, 0]
 
 
 def _tile(i, j, settings, row, head, q_offset, s) -> masks.Tile:

@@ -197,6 +197,21 @@ class Full(Mask):
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
+class Exists(Mask):
+    """Every query sees every key that there is: for tiles that overhang."""
+
+    def allowed(self, tile):
+        return tile.k < tile.k_length
+
+    def live(self, tile):
+        return tile.k_first < tile.k_length
+
+    def full(self, tile):
+        return tile.k_last < tile.k_length
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True)
 class Causal(Mask):
     """A query sees itself and what came before: k <= q."""
 

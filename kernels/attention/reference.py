@@ -18,6 +18,7 @@ def dense_attention(
     soft_cap: float | None = None,
     bias: jax.Array | None = None,
     sinks: jax.Array | None = None,
+    kept: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """softmax(cap(scale * q k^T) + bias) v over the allowed keys; O(T S) memory.
 
@@ -25,6 +26,7 @@ def dense_attention(
       q: [B, T, H, D]. k: [B, S, K, D]. v: [B, S, K, Dv].
       allowed: bool, broadcastable to [B, H, T, S], or None for all.
       scale, soft_cap, bias, sinks: as in `attention`.
+      kept: what dropout multiplies the weights with, broadcastable to [B, H, T, S], or None.
 
     Returns:
       o [B, T, H, Dv] in the dtype of q, and lse [B, H, T] in float32 (about -1e30 where nothing is seen).
@@ -54,6 +56,9 @@ def dense_attention(
     seen = total > 0
     total = jnp.where(seen, total, 1.0)
     lse = jnp.where(seen, top + jnp.log(total), MASKED)[..., 0]
-    weights = (weights / total).reshape(b, heads, h // heads * t, s)
+    weights = weights / total
+    if kept is not None:
+        weights = weights * kept
+    weights = weights.reshape(b, heads, h // heads * t, s)
     o = jnp.einsum("bkns,bskd->bknd", weights, v.astype(acc)).reshape(b, h, t, v.shape[-1])
     return jnp.swapaxes(o, 1, 2).astype(q.dtype), lse

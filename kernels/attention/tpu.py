@@ -1,11 +1,9 @@
-"""Flash attention as a Pallas kernel for TPU, forward and backward; interpreted on CPU.
+"""Flash attention as Pallas kernels for TPU, forward and backward; interpreted on CPU.
 
-The grid runs over (batch row, head, query block, key block). Which tiles the mask leaves alive is worked
-out beforehand, by the mask's own `live`, into a table in scalar memory: dead tiles cost neither compute nor
-a copy, because their index map repeats the block that is already there. The mask itself is evaluated inside
-the kernel by its own `allowed`, on blocks of its arrays. The backward pass works on transposed tiles (keys
-down, queries across), so that row statistics lie along lanes: one kernel for dq, one for dk and dv, which
-sums over the query heads that share a key head.
+The grid runs over (batch row, head, tile), where the tiles are those that the mask leaves alive, listed beforehand by
+the mask's own `live` and `full` (see `tiles`). The mask itself is evaluated inside the kernel by its own `allowed`, on
+blocks of its arrays, and only where it is not full. The backward pass is one kernel as long as dq of the
+query heads that share a key head fits into VMEM, else two: one for dq, one for dk and dv.
 """
 
 from __future__ import annotations
@@ -20,69 +18,32 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.tree_util import tree_leaves_with_path
 
-from jaxrl.kernels.attention import masks
-from jaxrl.kernels.attention.reference import MASKED, SEEN
+from jaxrl.kernels.attention import masks, tiles, tpu_kernels
+from jaxrl.kernels.attention.dropout import Dropout
+from jaxrl.kernels.attention.reference import SEEN
+from jaxrl.kernels.attention.tpu_kernels import Pieces, Place, Scalars, Settings
 
-BLOCK = 512
 LANES = 128
 AXIS_OF_FIELD = {"q_ids": "q", "kv_ids": "k", "end": "k", "lengths": "row"}
-dot = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
+VMEM = {"v4": 16, "v5e": 128, "v5p": 64, "v6e": 128, "7x": 64}  # MiB of one core
+WIDE = ("v6e", "7x")  # matrix units of 256 x 256
+USABLE = 0.75  # of it: the compiler's own scratch needs room too
 
 
-class Settings(NamedTuple):
-    """What is static about a call."""
+class Blocks(NamedTuple):
+    """Sides of a tile, multiples of 128; upper bounds, as a sequence may be shorter."""
 
-    scale: float
-    soft_cap: float | None
-    t: int
-    s: int
-    group: int
-    block_q: int
-    block_k: int
-
-    @property
-    def blocks(self) -> tuple[int, int]:
-        """Number of query blocks and of key blocks."""
-        return -(-self.t // self.block_q), -(-self.s // self.block_k)
+    q: int
+    k: int
+    forward: Pieces
+    backward: Pieces
 
 
-class KernelTile(NamedTuple):
-    """The tile a kernel is working on, with the mask's arrays already cut to it (a `masks.Rectangle`)."""
-
-    q_first: Any
-    k_first: Any
-    q_size: int
-    k_size: int
-    k_length: int
-    transposed: bool
-
-    @property
-    def q_last(self):
-        return self.q_first + (self.q_size - 1)
-
-    @property
-    def k_last(self):
-        return self.k_first + (self.k_size - 1)
-
-    def _iota(self, axis):
-        shape = (self.k_size, self.q_size) if self.transposed else (self.q_size, self.k_size)
-        return lax.broadcasted_iota(jnp.int32, shape, axis)
-
-    @property
-    def q(self):
-        return self.q_first + self._iota(1 if self.transposed else 0)
-
-    @property
-    def k(self):
-        return self.k_first + self._iota(0 if self.transposed else 1)
-
-    def of_query(self, values):
-        return values
-
-    of_key = of_row = of_query
-
-    def of_pair(self, values):
-        raise ValueError("the Pallas kernel does not take dense masks")
+def blocks_of(generation: str | None, itemsize: int) -> Blocks:
+    """What gave the shortest schedules (benchmarks/attention/tpu.md), by generation of TPU and bytes of a number."""
+    side = 512 if itemsize > 2 or generation == "v4" else 1024
+    wide = generation in WIDE
+    return Blocks(side, side, Pieces(512, 256 if wide else 128, 2), Pieces(512, 512, 1))
 
 
 def refusal(q, k, v, mask, scale, soft_cap, bias) -> str | None:
@@ -91,7 +52,7 @@ def refusal(q, k, v, mask, scale, soft_cap, bias) -> str | None:
     if jax.default_backend() not in ("tpu", "cpu"):
         return f"the Pallas kernel is for TPU (interpreted on CPU), not {jax.default_backend()}; {other}"
     if bias is not None:
-        return f"the Pallas kernel takes no bias; {other}"
+        return f"the Pallas kernel takes no bias (but alibi); {other}"
     if not (isinstance(scale, int | float) and isinstance(soft_cap, int | float | None)):
         return 'the Pallas kernel needs scale and soft_cap as Python numbers; use implementation="reference"'
     if {q.dtype, k.dtype, v.dtype} - {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
@@ -113,18 +74,24 @@ def pallas_attention(
     scale: float,
     soft_cap: float | None = None,
     bias: jax.Array | None = None,
+    alibi: jax.Array | None = None,
     sinks: jax.Array | None = None,
-    block_q: int = BLOCK,
-    block_k: int = BLOCK,
+    dropout: Dropout | None = None,
+    blocks: Blocks | None = None,
+    fused: bool | None = None,
+    interpret: Any = True,
 ) -> tuple[jax.Array, jax.Array]:
     """`dense_attention` as a TPU kernel: O(T) memory forward and backward.
 
-    (Dao 2023, arXiv:2307.08691, with the backward pass split into dq and dk, dv.)
+    (Dao 2023, arXiv:2307.08691.) Deviation: queries are scaled before they are multiplied with keys, in their own
+    precision, where the formula scales the product.
 
     Args:
       q: [B, T, H, D]. k: [B, S, K, D]. v: [B, S, K, Dv]. float32 or bfloat16.
-      mask, q_offset, scale, soft_cap, sinks: as in `attention`. bias: must be None.
-      block_q, block_k: upper bounds on the tile's sides, multiples of 128.
+      mask, q_offset, scale, soft_cap, alibi, sinks, dropout: as in `dense_attention`. bias: must be None.
+      blocks: sides of the tiles; default by shape and kind of TPU.
+      fused: whether the backward pass is one kernel; default: where dq of a group of heads fits into VMEM.
+      interpret: how the kernel runs where there is no TPU, as in `pl.pallas_call`.
 
     Returns:
       o [B, T, H, Dv] in the dtype of q, and lse [B, H, T] in float32.
@@ -135,17 +102,40 @@ def pallas_attention(
     reason = refusal(q, k, v, mask, scale, soft_cap, bias)
     if reason:
         raise ValueError(f'attention: implementation="pallas": {reason}.')
-    t, s = q.shape[1], k.shape[1]
-    settings = Settings(scale, soft_cap, t, s, q.shape[2] // k.shape[2], _block(t, block_q), _block(s, block_k))
-    qh = _heads_first(q, settings.block_q)
-    kh, vh = _heads_first(k, settings.block_k), _heads_first(v, settings.block_k)
-    mask = _explicit_keys(mask)
-    kinds = tuple(AXIS_OF_FIELD[_field(path)] for path, _ in tree_leaves_with_path(mask))
-    leaves = _operands(settings, mask, q.shape[0], q_offset)
-    live = _live_table(settings, mask, q.shape[0], q_offset)
-    offset = jnp.asarray(q_offset, jnp.int32).reshape(1)
-    static = (settings, jax.tree.structure(mask), kinds)
-    both: Any = _attention(static, qh, kh, vh, leaves, live, offset)
+    t, s, heads = q.shape[1], k.shape[1], k.shape[2]
+    generation, vmem = _tpu()
+    blocks = _fitted(blocks or blocks_of(generation, q.dtype.itemsize), t, s)
+    unmasked = isinstance(mask, masks.Full) and s % blocks.k == 0
+    mask = _explicit_keys(mask if s % blocks.k == 0 else masks.Exists() & mask)
+    settings = Settings(
+        scale=scale,
+        soft_cap=soft_cap,
+        alibi=alibi is not None,
+        dropout=0.0 if dropout is None else dropout.rate,
+        s=s,
+        group=q.shape[2] // heads,
+        block_q=blocks.q,
+        block_k=blocks.k,
+        forward=blocks.forward,
+        backward=blocks.backward,
+        dq_across=generation in WIDE,
+        unmasked=unmasked,
+        structure=jax.tree.structure(mask),
+        kinds=tuple(AXIS_OF_FIELD[_field(path)] for path, _ in tree_leaves_with_path(mask)),
+    )
+    qh = _heads_first((q.astype(jnp.float32) * settings.query_factor).astype(q.dtype), blocks.q)
+    kh, vh = _heads_first(k, blocks.k), _heads_first(v, blocks.k)
+    leaves = _operands(settings, mask, q.shape[0], q_offset, qh.shape[2], kh.shape[2])
+    kinds = tiles.tile_kinds(mask, (q.shape[0], t, s), (blocks.q, blocks.k), q_offset)
+    numbers = jnp.zeros(3, jnp.int32).at[0].set(q_offset)
+    if dropout is not None:
+        numbers = numbers.at[1:].set(lax.bitcast_convert_type(dropout.seed, jnp.int32))
+    slopes = jnp.zeros(1) if alibi is None else alibi.astype(jnp.float32)
+    dq_bytes = settings.group * qh.shape[2] * qh.shape[3] * (4 + 2 * q.dtype.itemsize)
+    if fused is None:
+        fused = dq_bytes <= vmem // 2
+    static = Static(settings, fused, vmem, interpret)
+    both: Any = _attention(static, qh, kh, vh, leaves, kinds, numbers, slopes)
     o, lse = both
     o, lse = jnp.swapaxes(o[:, :, :t], 1, 2), lse[:, :, 0, :t]
     if sinks is not None:  # a key without a value: it only takes its share of the probability
@@ -155,13 +145,43 @@ def pallas_attention(
     return o, lse
 
 
-def _block(length: int, limit: int) -> int:
-    """The side of equal blocks that cover `length`: one block of any size, or several multiples of 128."""
-    if limit % LANES:
-        raise ValueError(f"attention: the Pallas kernel needs blocks that are multiples of {LANES}, got {limit}.")
-    count = -(-length // limit)
-    unit = 16 if count == 1 else LANES
-    return -(-length // (count * unit)) * unit
+class Static(NamedTuple):
+    """What the derivative rules carry along."""
+
+    settings: Settings
+    fused: bool
+    vmem: int
+    interpret: Any
+
+
+def _tpu() -> tuple[str | None, int]:
+    """Generation of the TPU that is lowered for, and the bytes of VMEM a kernel may use; None and the least of all where
+    it is not known."""
+    try:
+        info = pltpu.get_tpu_info()
+        return str(info.chip_version), int(info.vmem_capacity_bytes * USABLE)
+    except ValueError:  # no TPU, and no mesh of one
+        return None, int(min(VMEM.values()) * 2**20 * USABLE)
+
+
+def _fitted(blocks: Blocks, t: int, s: int) -> Blocks:
+    """Sides of equal blocks that cover the sequences: one block of any size, or several multiples of 128."""
+    for limit in blocks[:2]:
+        if limit % LANES:
+            raise ValueError(f"attention: the Pallas kernel needs blocks that are multiples of {LANES}, got {limit}.")
+
+    def side(length, limit):
+        count = -(-length // limit)
+        unit = 16 if count == 1 else LANES
+        return -(-length // (count * unit)) * unit
+
+    def part(length, limit):
+        fits = [n for n in range(LANES, min(limit, length) + 1, LANES) if length % n == 0]
+        return fits[-1] if fits else length
+
+    q, k = side(t, blocks.q), side(s, blocks.k)
+    forward, backward = (Pieces(part(q, p.q), part(k, p.k), p.ahead) for p in blocks[2:])
+    return Blocks(q, k, forward, backward)
 
 
 def _heads_first(x: jax.Array, block: int) -> jax.Array:
@@ -175,287 +195,182 @@ def _field(path) -> str:
 
 def _explicit_keys(mask: masks.Mask) -> masks.Mask:
     """The same mask with the key ids of every Segments filled in, so that each leaf belongs to one axis."""
-    is_segments = lambda x: isinstance(x, masks.Segments)  # noqa: E731
-    fill = lambda x: masks.Segments(x.q_ids, x.keys()) if is_segments(x) else x  # noqa: E731
+    is_segments = lambda x: isinstance(x, masks.Segments)
+    fill = lambda x: masks.Segments(x.q_ids, x.keys()) if is_segments(x) else x
     return jax.tree.map(fill, mask, is_leaf=is_segments)
 
 
-def _operands(settings: Settings, mask: masks.Mask, batch: int, q_offset) -> list[jax.Array]:
-    """The mask's leaves as int32 [B, length] or [B], cut to this call and padded to whole blocks."""
-    nq, nk = settings.blocks
-    whole = masks.Tile(q_offset, nq * settings.block_q, 0, nk * settings.block_k, settings.s)
+def _operands(settings: Settings, mask: masks.Mask, batch: int, q_offset, t: int, s: int) -> list[jax.Array]:
+    """The mask's leaves as int32 [B, 1, t] along queries, [B, s, 1] along keys, or [B]."""
+    whole = masks.Tile(q_offset, t, 0, s, settings.s)
     cut = {
-        "q": lambda x: whole.of_query(x)[:, 0, :, 0],
-        "k": lambda x: whole.of_key(x)[:, 0, 0, :],
+        "q": lambda x: whole.of_query(x)[:, :, :, 0],
+        "k": lambda x: jnp.swapaxes(whole.of_key(x)[:, 0], 1, 2),
         "row": lambda x: x,
     }
-    leaves = [cut[AXIS_OF_FIELD[_field(path)]](leaf) for path, leaf in tree_leaves_with_path(mask)]
+    leaves = [cut[kind](leaf) for kind, leaf in zip(settings.kinds, jax.tree.leaves(mask), strict=True)]
     return [jnp.broadcast_to(x, (batch, *x.shape[1:])).astype(jnp.int32) for x in leaves]
 
 
-def _live_table(settings: Settings, mask: masks.Mask, batch: int, q_offset) -> jax.Array:
-    """bool [B, query blocks, key blocks]: which tiles may hold an allowed pair."""
-    nq, nk = settings.blocks
+class Step(NamedTuple):
+    """Where the grid stands within one (batch row, head)."""
 
-    def live(row, i, j):
-        bq, bk = settings.block_q, settings.block_k
-        return jnp.asarray(mask.live(masks.Tile(q_offset + i * bq, bq, j * bk, bk, settings.s, row)), bool)
-
-    over = jax.vmap(jax.vmap(jax.vmap(live, (None, None, 0)), (None, 0, None)), (0, None, None))
-    return over(jnp.arange(batch), jnp.arange(nq), jnp.arange(nk))
+    g: Any  # query head of the group
+    first: Any
+    last: Any
 
 
-def _last_live(live: jax.Array) -> jax.Array:
-    """Along the last axis: the index itself where live, else the last live index before it, else -1."""
-    index = jnp.where(live, jnp.arange(live.shape[-1], dtype=jnp.int32)[None, None], -1)
-    return lax.cummax(index, axis=2)
+def _call(body, name, static, kinds, numbers, slopes, leaves, inputs, outputs, scratch, *, by_keys):
+    """Run a kernel of `tpu_kernels` over the tiles that are alive.
 
-
-def _logits(q, k, allowed_of, settings: Settings, tile: KernelTile):
-    """Masked logits of a tile (keys down and queries across if transposed), and the slope of the soft cap."""
-    a, b = (k, q) if tile.transposed else (q, k)
-    logits, slope = dot(a, b, (((1,), (1,)), ((), ()))) * settings.scale, 1.0
-    if settings.soft_cap is not None:
-        bent = jnp.tanh(logits / settings.soft_cap)
-        logits, slope = settings.soft_cap * bent, 1.0 - bent * bent
-    allowed = allowed_of(tile)
-    if settings.s % settings.block_k:
-        allowed = allowed & (tile.k < settings.s)
-    return jnp.where(allowed, logits, MASKED), slope
-
-
-def _tile(i, j, offset_ref, settings: Settings, transposed: bool) -> KernelTile:
-    q_first = offset_ref[0] + i * settings.block_q
-    return KernelTile(q_first, j * settings.block_k, settings.block_q, settings.block_k, settings.s, transposed)
-
-
-def _mask_in_kernel(structure, kinds, refs, rows, b):
-    """The mask's predicate, with its leaves read from the blocks at hand."""
-    refs, rows = iter(refs), iter(rows)
-    leaves = [next(rows)[b] if kind == "row" else next(refs)[0] for kind in kinds]
-    return jax.tree.unflatten(structure, leaves).allowed
-
-
-def _forward_kernel(table, offset, *refs, settings, structure, kinds):
-    n_rows, n_blocks = kinds.count("row"), len(kinds) - kinds.count("row")
-    rows, (q, k, v, *mask_refs) = refs[:n_rows], refs[n_rows : n_rows + 3 + n_blocks]
-    o, lse, m_scratch, total_scratch, o_scratch = refs[n_rows + 3 + n_blocks :]
-    b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-
-    @pl.when(j == 0)
-    def _():
-        m_scratch[...] = jnp.full_like(m_scratch, MASKED)
-        total_scratch[...] = jnp.zeros_like(total_scratch)
-        o_scratch[...] = jnp.zeros_like(o_scratch)
-
-    @pl.when(table[b, i, j] == j)
-    def _():
-        allowed = _mask_in_kernel(structure, kinds, mask_refs, rows, b)
-        logits, _ = _logits(q[0, 0], k[0, 0], allowed, settings, _tile(i, j, offset, settings, False))
-        m = m_scratch[:, :1]
-        m_new = jnp.maximum(m, jnp.max(logits, axis=-1, keepdims=True))
-        safe = jnp.where(m_new < SEEN, 0.0, m_new)
-        p, decay = jnp.exp(logits - safe), jnp.exp(m - safe)
-        total = total_scratch[:, :1] * decay + jnp.sum(p, axis=-1, keepdims=True)
-        total_scratch[...] = jnp.broadcast_to(total, total_scratch.shape)
-        o_scratch[...] = o_scratch[...] * decay + dot(p.astype(v.dtype), v[0, 0], (((1,), (0,)), ((), ())))
-        m_scratch[...] = jnp.broadcast_to(m_new, m_scratch.shape)
-
-    @pl.when(j == pl.num_programs(3) - 1)
-    def _():
-        total = total_scratch[...]
-        seen = total > 0
-        o[0, 0] = jnp.where(seen[:, :1], o_scratch[...] / jnp.where(seen, total, 1.0)[:, :1], 0.0).astype(o.dtype)
-        row = jnp.where(seen, m_scratch[...] + jnp.log(jnp.where(seen, total, 1.0)), MASKED)
-        lse[0, 0] = row.T[:1]
-
-
-def _backward_tile(q, k, v, do, lse, delta, allowed, settings, tile):
-    """p and ds of one tile, both [keys, queries]."""
-    logits, slope = _logits(q, k, allowed, settings, tile)
-    p = jnp.exp(logits - jnp.where(lse < SEEN, 0.0, lse))
-    dp = dot(v, do, (((1,), (1,)), ((), ())))
-    return p, p * (dp - delta) * (settings.scale * slope)
-
-
-def _dq_kernel(table, offset, *refs, settings, structure, kinds):
-    n_rows, n_blocks = kinds.count("row"), len(kinds) - kinds.count("row")
-    rows, (q, k, v, do, lse, delta, *mask_refs) = refs[:n_rows], refs[n_rows : n_rows + 6 + n_blocks]
-    dq, dq_scratch = refs[n_rows + 6 + n_blocks :]
-    b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-
-    @pl.when(j == 0)
-    def _():
-        dq_scratch[...] = jnp.zeros_like(dq_scratch)
-
-    @pl.when(table[b, i, j] == j)
-    def _():
-        allowed = _mask_in_kernel(structure, kinds, mask_refs, rows, b)
-        tile = _tile(i, j, offset, settings, True)
-        _, ds = _backward_tile(q[0, 0], k[0, 0], v[0, 0], do[0, 0], lse[0, 0], delta[0, 0], allowed, settings, tile)
-        dq_scratch[...] += dot(ds.astype(k.dtype), k[0, 0], (((0,), (0,)), ((), ())))
-
-    @pl.when(j == pl.num_programs(3) - 1)
-    def _():
-        dq[0, 0] = dq_scratch[...].astype(dq.dtype)
-
-
-def _dkv_kernel(table, offset, *refs, settings, structure, kinds):
-    n_rows, n_blocks = kinds.count("row"), len(kinds) - kinds.count("row")
-    rows, (q, k, v, do, lse, delta, *mask_refs) = refs[:n_rows], refs[n_rows : n_rows + 6 + n_blocks]
-    dk, dv, dk_scratch, dv_scratch = refs[n_rows + 6 + n_blocks :]
-    b, j, g, i = pl.program_id(0), pl.program_id(2), pl.program_id(3), pl.program_id(4)
-
-    @pl.when((g == 0) & (i == 0))
-    def _():
-        dk_scratch[...] = jnp.zeros_like(dk_scratch)
-        dv_scratch[...] = jnp.zeros_like(dv_scratch)
-
-    @pl.when(table[b, j, i] == i)
-    def _():
-        allowed = _mask_in_kernel(structure, kinds, mask_refs, rows, b)
-        tile = _tile(i, j, offset, settings, True)
-        p, ds = _backward_tile(q[0, 0], k[0, 0], v[0, 0], do[0, 0], lse[0, 0], delta[0, 0], allowed, settings, tile)
-        dv_scratch[...] += dot(p.astype(do.dtype), do[0, 0], (((1,), (0,)), ((), ())))
-        dk_scratch[...] += dot(ds.astype(q.dtype), q[0, 0], (((1,), (0,)), ((), ())))
-
-    @pl.when((g == pl.num_programs(3) - 1) & (i == pl.num_programs(4) - 1))
-    def _():
-        dk[0, 0] = dk_scratch[...].astype(dk.dtype)
-        dv[0, 0] = dv_scratch[...].astype(dv.dtype)
-
-
-def _call(kernel, name, grid, at, table, offset, inputs, outputs, scratch, mask_leaves, static):
-    """Run a kernel. `at` maps grid indices and the table to (b, query head, key head, query and key block).
-
-    `inputs` are (array, axis) with axis "q" | "k" for [B, heads, length, D] and "stat" for [B, H, 1, T];
-    `outputs` are (shape, dtype, axis).
+    Args:
+      body: the kernel.
+      kinds: of the tiles, see `tiles.tile_kinds`.
+      inputs: (array, axis), axis "q" or "k" for [B, heads, length, D] and "row" for [B, H, 1, T].
+      outputs: (shape, dtype, axis); axis "group" for [B, H, T, D] that stays in VMEM for a whole group of heads.
+      scratch: shapes, float32.
+      by_keys: go block of keys by block of keys, and through all query heads of a key head; else block of queries
+        by block of queries.
     """
-    settings, structure, kinds, transposed = static
+    settings = static.settings
     bq, bk = settings.block_q, settings.block_k
+    listed = tiles.tile_list(jnp.swapaxes(kinds, 1, 2) if by_keys else kinds)
+    alike = listed.entries.shape[0] == 1
+    batch, heads = inputs[1][0].shape[:2]
+    grid = (batch, heads, listed.count, settings.group) if by_keys else (batch, heads * settings.group, listed.count, 1)
+    rows = [x for x, kind in zip(leaves, settings.kinds, strict=True) if kind == "row"]
+    blocks = [(x, kind) for x, kind in zip(leaves, settings.kinds, strict=True) if kind != "row"]
+
+    def place(b, head, n, g, entries):
+        entry = entries[0 if alike else b, n]
+        this, other = tiles.major(entry), tiles.minor(entry)
+        i, j = (other, this) if by_keys else (this, other)
+        return Place(b, head * settings.group + g if by_keys else head, entry, i, j)
 
     def spec(shape, axis):
-        def index(*ids):
-            b, head, kv_head, i, j = at(*ids)
-            return {"q": (b, head, i, 0), "k": (b, kv_head, j, 0), "stat": (b, head, 0, i)}[axis]
+        def index(b, head, n, g, entries, *_):
+            at = place(b, head, n, g, entries)
+            kv_head = head if by_keys else lax.div(head, settings.group)
+            return {
+                "q": (b, at.head, at.i, 0),
+                "k": (b, kv_head, at.j, 0),
+                "row": (b, at.head, 0, at.i),
+                "group": (b, head, 0, 0),
+            }[axis]
 
-        block = {"q": (1, 1, bq, shape[3]), "k": (1, 1, bk, shape[3]), "stat": (1, 1, 1, bq)}[axis]
-        return pl.BlockSpec(block, index)
+        block = {"q": (1, 1, bq, shape[3]), "k": (1, 1, bk, shape[3]), "row": (1, 1, 1, bq)}
+        return pl.BlockSpec((block | {"group": (1, settings.group, *shape[2:])})[axis], index)
 
     def mask_spec(kind):
-        across = (kind == "q") == transposed  # along lanes
+        def index(b, head, n, g, entries, *_):
+            at = place(b, head, n, g, entries)
+            return (b, 0, at.i) if kind == "q" else (b, at.j, 0)
 
-        def index(*ids):
-            b, _, _, i, j = at(*ids)
-            n = i if kind == "q" else j
-            return (b, 0, n) if across else (b, n, 0)
+        return pl.BlockSpec((1, 1, bq) if kind == "q" else (1, bk, 1), index)
 
-        size = bq if kind == "q" else bk
-        return pl.BlockSpec((1, 1, size) if across else (1, size, 1), index)
+    def kernel(entries, numbers, slopes, *refs):
+        refs = iter(refs)
+        take = lambda n: [next(refs) for _ in range(n)]
+        scalars = Scalars(entries, numbers, slopes, take(len(rows)))
+        b, head, n, g = (pl.program_id(axis) for axis in range(4))
+        at = place(b, head, n, g, entries)
+        step = Step(g, (n == 0) & (g == 0), (n == pl.num_programs(2) - 1) & (g == pl.num_programs(3) - 1))
+        body(
+            settings, scalars, at, step,
+            take(len(inputs)), take(len(blocks)), take(len(outputs)), take(len(scratch)),
+        )  # fmt: skip
 
-    rows = [x for x, kind in zip(mask_leaves, kinds, strict=True) if kind == "row"]
-    blocks = [(x, kind) for x, kind in zip(mask_leaves, kinds, strict=True) if kind != "row"]
-    laid = [x[:, None, :] if (kind == "q") == transposed else x[:, :, None] for x, kind in blocks]
-    specs = [spec(shape, axis) for shape, _, axis in outputs]
-    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs]
-
-    def run(*args, interpret):
+    def run(count, *args, interpret):
         return pl.pallas_call(
-            functools.partial(kernel, settings=settings, structure=structure, kinds=kinds),
+            kernel,
             grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=2 + len(rows),
-                grid=grid,
+                num_scalar_prefetch=3 + len(rows),
+                grid=(*grid[:2], count, grid[3]),
                 in_specs=[spec(x.shape, axis) for x, axis in inputs] + [mask_spec(kind) for _, kind in blocks],
-                out_specs=specs,
+                out_specs=[spec(shape, axis) for shape, _, axis in outputs],
                 scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
             ),
-            out_shape=shapes,
+            out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs],
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel",) * 3 + ("arbitrary",) * (len(grid) - 3)
+                dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=static.vmem
             ),
             interpret=interpret,
             name=name,
         )(*args)
 
     return lax.platform_dependent(
-        table, offset, *rows, *(x for x, _ in inputs), *laid,
+        listed.count, listed.entries, numbers, slopes, *rows, *(x for x, _ in inputs), *(x for x, _ in blocks),
         tpu=functools.partial(run, interpret=False),
-        default=functools.partial(run, interpret=True),
+        default=functools.partial(run, interpret=static.interpret),
     )  # fmt: skip
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static, q, k, v, leaves, live, offset):
-    return _forward(static, q, k, v, leaves, live, offset)[0]
+def _attention(static, q, k, v, leaves, kinds, numbers, slopes):
+    return _forward(static, q, k, v, leaves, kinds, numbers, slopes)[0]
 
 
-def _forward(static, q, k, v, leaves, live, offset):
-    settings, structure, kinds = static
-    b, h, t, d = q.shape
-    group, (nq, nk) = settings.group, settings.blocks
+def _forward(static, q, k, v, leaves, kinds, numbers, slopes):
+    o, lse = _outputs(static, q, k, v, leaves, kinds, numbers, slopes)
+    return (o, lse), (q, k, v, leaves, kinds, numbers, slopes, o, lse)
 
-    def at(b, head, i, j, table, *_):
-        return b, head, lax.div(head, group), i, jnp.maximum(table[b, i, j], 0)
 
-    o, lse = _call(
-        _forward_kernel,
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _outputs(static, q, k, v, leaves, kinds, numbers, slopes):
+    settings = static.settings
+    (b, h, t, _), dv, bq = q.shape, v.shape[3], settings.block_q
+    return _call(
+        tpu_kernels.forward,
         "attention_forward",
-        (b, h, nq, nk),
-        at,
-        _last_live(live),
-        offset,
-        [(q, "q"), (k, "k"), (v, "k")],
-        [((b, h, t, v.shape[3]), q.dtype, "q"), ((b, h, 1, t), jnp.float32, "stat")],
-        [(settings.block_q, LANES), (settings.block_q, LANES), (settings.block_q, v.shape[3])],
+        static,
+        kinds,
+        numbers,
+        slopes,
         leaves,
-        (settings, structure, kinds, False),
+        [(q, "q"), (k, "k"), (v, "k")],
+        [((b, h, t, dv), q.dtype, "q"), ((b, h, 1, t), jnp.float32, "row")],
+        [(1, bq), (1, bq), (dv, bq)],
+        by_keys=False,
     )
-    return (o, lse), (q, k, v, leaves, live, offset, o, lse)
 
 
 def _backward(static, residuals, cotangents):
-    settings, structure, kinds = static
-    q, k, v, leaves, live, offset, o, lse = residuals
+    return (*_gradients(static, residuals, cotangents), None, None, None, None)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _gradients(static, residuals, cotangents):
+    settings = static.settings
+    q, k, v, leaves, kinds, numbers, slopes, o, lse = residuals
     do, dlse = cotangents
-    b, h, _, d = q.shape
-    heads, dv = v.shape[1], v.shape[3]
-    group, (nq, nk) = settings.group, settings.blocks
+    bq, bk, d = settings.block_q, settings.block_k, q.shape[3]
     delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1)[:, :, None] - dlse
-    inputs = [(q, "q"), (k, "k"), (v, "k"), (do, "q"), (lse, "stat"), (delta, "stat")]
-
-    def at_dq(b, head, i, j, table, *_):
-        return b, head, lax.div(head, group), i, jnp.maximum(table[b, i, j], 0)
-
-    def at_dkv(b, kv_head, j, g, i, table, *_):
-        return b, kv_head * group + g, kv_head, jnp.maximum(table[b, j, i], 0), j
-
-    (dq,) = _call(
-        _dq_kernel,
-        "attention_dq",
-        (b, h, nq, nk),
-        at_dq,
-        _last_live(live),
-        offset,
-        inputs,
-        [(q.shape, q.dtype, "q")],
-        [(settings.block_q, d)],
-        leaves,
-        (settings, structure, kinds, True),
+    lse = jnp.where(lse < SEEN, 0.0, lse * tpu_kernels.LOG2E)
+    inputs = [(q, "q"), (k, "k"), (v, "k"), (do, "q"), (lse, "row"), (delta, "row")]
+    call = functools.partial(
+        _call, static=static, kinds=kinds, numbers=numbers, slopes=slopes, leaves=leaves, inputs=inputs
     )
-    dk, dv = _call(
-        _dkv_kernel,
-        "attention_dkv",
-        (b, heads, nk, group, nq),
-        at_dkv,
-        _last_live(jnp.swapaxes(live, 1, 2)),
-        offset,
-        inputs,
-        [(k.shape, k.dtype, "k"), (v.shape, v.dtype, "k")],
-        [(settings.block_k, d), (settings.block_k, dv)],
-        leaves,
-        (settings, structure, kinds, True),
+    outputs = [(k.shape, k.dtype, "k"), (v.shape, v.dtype, "k")]
+    scratch = [(bk, d), (bk, v.shape[3])]
+    dq_shape = (d, bq) if settings.dq_across else (bq, d)
+    if static.fused:
+        outputs.append((q.shape, q.dtype, "group"))
+        scratch.append((settings.group, q.shape[2] // bq, *dq_shape))
+        dk, dv, dq = call(tpu_kernels.dk_dv, "attention_backward", outputs=outputs, scratch=scratch, by_keys=True)
+        return dq, dk, dv
+    (dq,) = call(
+        tpu_kernels.dq_only, "attention_dq", outputs=[(q.shape, q.dtype, "q")], scratch=[dq_shape], by_keys=False
     )
-    return dq, dk, dv, None, None, None
+    dk, dv = call(tpu_kernels.dk_dv, "attention_dkv", outputs=outputs, scratch=scratch, by_keys=True)
+    return dq, dk, dv
 
 
 _attention.defvjp(_forward, _backward)
+
+
+@_gradients.defjvp
+@_outputs.defjvp
+def _second_derivatives(static, primals, tangents):
+    raise ValueError(
+        'attention: implementation="pallas" has no second derivatives; use implementation="reference", which has all.'
+    )

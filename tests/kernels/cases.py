@@ -38,6 +38,8 @@ class Case(NamedTuple):
     scale: float | None = None
     sinks: bool = False
     bias: tuple[int, int, int, int] | None = None
+    alibi: bool = False
+    dropout: float = 0.0
     pallas: bool = True
 
 
@@ -82,5 +84,9 @@ CASES = {
     "dense_bias": Case(
         Dense(ARRAY), lambda b, h, q, k: ARRAY[b, h, q, k], pallas=False, bias=(2, 4, 130, 130), soft_cap=3.0
     ),
-    "alibi": Case(Causal(), lambda b, h, q, k: k <= q, pallas=False, bias=(1, 4, 1, 150), t=70, s=150, q_offset=80),
+    "alibi": Case(Causal(), lambda b, h, q, k: k <= q, alibi=True, t=70, s=150, q_offset=80, soft_cap=1.0),
+    "dropout": Case(Window(60), lambda b, h, q, k: 0 <= q - k < 60, dropout=0.3, s=150, q_offset=20, sinks=True),
+    "distance_bias": Case(
+        Causal(), lambda b, h, q, k: k <= q, pallas=False, bias=(1, 4, 1, 150), t=70, s=150, q_offset=80
+    ),
 }

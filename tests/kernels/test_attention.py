@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl.kernels.attention import Causal, Chunked, Dense, Full, Segments, Window, attention
+from jaxrl.kernels.attention import Causal, Chunked, Dense, Full, Segments, Window, alibi_slopes, attention
 from jaxrl.kernels.attention.blocked import blocked_attention
-from jaxrl.kernels.attention.tpu import pallas_attention
+from jaxrl.kernels.attention.dropout import dropout_of, keep_factor
+from jaxrl.kernels.attention.tpu import Blocks, Pieces, pallas_attention
 
 
 def load(path):
@@ -34,19 +35,24 @@ def door(implementation):
 def direct(function, **blocks):
     """A blocked implementation with small blocks, in the form of the door."""
 
-    def call(q, k, v, *, scale=None, **options):
+    def call(q, k, v, *, scale=None, dropout=0.0, dropout_key=None, **options):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        o, lse = function(q, k, v, scale=scale, **blocks, **options)
+        dropped = dropout_of(dropout, dropout_key)
+        o, lse = function(q, k, v, scale=scale, dropout=dropped, **blocks, **options)
         return o, jnp.swapaxes(lse, 1, 2)
 
     return call
 
 
+PIECES = Pieces(128, 128, 1)
+
 IMPLEMENTATIONS = {
     "reference": door("reference"),
     "xla": direct(blocked_attention, block_q=64, block_k=32),
-    "pallas": direct(pallas_attention, block_q=128, block_k=128),
+    "pallas": direct(pallas_attention, blocks=Blocks(128, 128, PIECES, PIECES), fused=True),
 }
+SPLIT = direct(pallas_attention, blocks=Blocks(256, 256, Pieces(128, 128, 2), PIECES), fused=False)
+KEY = functools.partial(jax.random.key, 3)
 
 
 def inputs(case, seed=0):
@@ -59,6 +65,8 @@ def inputs(case, seed=0):
         arrays["sinks"] = draw(h)
     if case.bias:
         arrays["bias"] = draw(*case.bias)
+    if case.alibi:
+        arrays["alibi"] = np.asarray(alibi_slopes(h))
     return arrays, draw(b, t, h, case.dv), draw(b, t, h)
 
 
@@ -68,7 +76,11 @@ def expected(name):
     arrays, do, dlse = inputs(case)
     allowed = oracle.dense(case.predicate, case.b, case.h, case.t, case.s, case.q_offset)
     scale = case.d**-0.5 if case.scale is None else case.scale
-    return oracle.attention(**arrays, allowed=allowed, do=do, dlse=dlse, scale=scale, soft_cap=case.soft_cap)
+    options = {"scale": scale, "soft_cap": case.soft_cap, "q_offset": case.q_offset}
+    if case.dropout:
+        seed = np.asarray(jax.random.bits(KEY(), (2,), jnp.uint32))
+        options["kept"] = oracle.kept(case.dropout, seed, case.b, case.h, case.t, case.s, case.q_offset)
+    return oracle.attention(**arrays, allowed=allowed, do=do, dlse=dlse, **options)
 
 
 def value_and_vjp(call, case, arrays, do, dlse):
@@ -76,6 +88,8 @@ def value_and_vjp(call, case, arrays, do, dlse):
     def run(arrays, mask, q_offset, do, dlse):
         def f(arrays):
             options = {"mask": mask, "q_offset": q_offset, "soft_cap": case.soft_cap, "scale": case.scale}
+            if case.dropout:
+                options |= {"dropout": case.dropout, "dropout_key": KEY()}
             return call(**arrays, **options)
 
         out, vjp = jax.vjp(f, arrays)
@@ -95,14 +109,51 @@ def test_values_and_gradients(implementation, name):
     case = CASES[name]
     if implementation == "pallas" and not case.pallas:
         pytest.skip("refused, see test_refusals")
-    o, lse, grads = value_and_vjp(IMPLEMENTATIONS[implementation], case, *inputs(case))
+    check(IMPLEMENTATIONS[implementation], name)
+
+
+@pytest.mark.parametrize("name", ["causal", "cross", "packed", "dropout"])
+def test_two_backward_kernels_with_several_pieces_to_a_tile(name):
+    check(SPLIT, name)
+
+
+def check(call, name):
+    o, lse, grads = value_and_vjp(call, CASES[name], *inputs(CASES[name]))
     want_o, want_lse, want = expected(name)
     np.testing.assert_allclose(o, want_o, rtol=1e-5, atol=2e-6)
     np.testing.assert_allclose(lse, want_lse, rtol=1e-5, atol=2e-6)
-    assert set(grads) == set(want)
+    assert set(grads) - {"alibi"} == set(want)
     for key, value in want.items():
         size = np.abs(value).max()
         np.testing.assert_allclose(grads[key], value, rtol=1e-5, atol=2e-6 * max(size, 1), err_msg=key)
+
+
+def test_dropout_keeps_the_share_it_should_and_no_pattern():
+    grid = [jnp.arange(n, dtype=jnp.int32).reshape(shape) for n, shape in
+            ((3, (3, 1, 1, 1)), (4, (1, 4, 1, 1)), (200, (1, 1, 200, 1)), (300, (1, 1, 1, 300)))]  # fmt: skip
+    kept = np.asarray(keep_factor(0.3, tuple(jax.random.bits(KEY(), (2,), jnp.uint32)), *grid)) > 0
+    deviation = (0.3 * 0.7) ** 0.5
+    for axes in ((0, 1, 2, 3), (0, 1, 2), (0, 1, 3), (1, 2, 3), (0, 2, 3), (2,), (3,)):
+        share, count = kept.mean(axis=axes), np.prod([kept.shape[a] for a in axes])
+        assert np.abs(share - 0.7).max() < 6 * deviation / count**0.5
+    signs = np.where(kept, deviation / 0.7, -0.7 / deviation) * deviation  # mean 0
+    for axis in range(4):  # neighbours along any axis have nothing to do with each other
+        pairs = np.take(signs, range(1, signs.shape[axis]), axis) * np.take(signs, range(signs.shape[axis] - 1), axis)
+        assert abs(pairs.mean()) < 5 * pairs.std() / pairs.size**0.5
+
+
+def test_dropout_of_other_keys_is_another():
+    f = jax.jit(lambda key: attention(X, X, X, dropout=0.5, dropout_key=key))
+    same, other = f(KEY()), f(jax.random.key(4))
+    np.testing.assert_array_equal(f(KEY()), same)
+    assert not np.allclose(same, other)
+
+
+def test_alibi_slopes_are_the_published_ones():
+    np.testing.assert_allclose(alibi_slopes(8), [2.0**-n for n in range(1, 9)])
+    np.testing.assert_allclose(alibi_slopes(3), [2.0**-4, 2.0**-8, 2.0**-2])  # those of two, then one of four's
+    slopes = alibi_slopes(4)
+    np.testing.assert_array_equal(jax.grad(lambda a: attention(X, X, X, alibi=a).sum())(slopes), 0)
 
 
 def test_oracle_gradients_by_finite_differences():
@@ -288,6 +339,8 @@ def test_second_derivatives_are_refused_where_there_are_none(outer):
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(outer(functools.partial(slope, "reference"))(q)))
     with pytest.raises(ValueError, match='no second derivatives; use implementation="reference"'):
         outer(functools.partial(slope, "xla"))(q)
+    with pytest.raises(ValueError, match='"pallas" has no second derivatives; use implementation="reference"'):
+        outer(functools.partial(slope, "pallas"))(q)
 
 
 X = jnp.ones((2, 6, 4, 8))
@@ -303,6 +356,9 @@ X = jnp.ones((2, 6, 4, 8))
         ({"bias": jnp.ones((6, 6))}, r"bias has shape \(6, 6\), expected \[B, H, T, S\]"),
         ({"bias": jnp.ones((2, 3, 6, 6))}, r"bias has shape \(2, 3, 6, 6\)"),
         ({"sinks": jnp.ones(3)}, r"sinks has shape \(3,\), expected \[H\]"),
+        ({"alibi": jnp.ones(3)}, r"alibi has shape \(3,\), expected \[H\]"),
+        ({"dropout": 1.0}, r"dropout = 1.0, expected a number in \[0, 1\)"),
+        ({"dropout": 0.1}, "dropout = 0.1 needs dropout_key"),
         ({"soft_cap": 0.0}, "soft_cap = 0.0, expected a positive number"),
         ({"implementation": "cuda"}, "implementation='cuda', expected None"),
         ({"mask": jnp.ones((6, 6), bool)}, r"expected a mask such as Causal\(\); wrap an array as Dense"),
@@ -324,7 +380,7 @@ def test_bad_input(change, message):
 @pytest.mark.parametrize(
     ("implementation", "change", "message"),
     [
-        ("pallas", {"bias": jnp.zeros((1, 1, 6, 6))}, "takes no bias; use implementation"),
+        ("pallas", {"bias": jnp.zeros((1, 1, 6, 6))}, r"takes no bias \(but alibi\); use implementation"),
         ("pallas", {"mask": Dense(jnp.ones((1, 1, 6, 6), bool))}, "cannot cut the mask's 'array'"),
         ("pallas", {"mask": Causal() | Dense(jnp.ones((1, 1, 6, 6), bool))}, "cannot cut the mask's 'array'"),
         ("pallas", {"q": X.astype(jnp.float16)}, "takes float32 and bfloat16, not float16"),

@@ -5,11 +5,14 @@ import numpy as np
 MASKED = -1e30
 
 
-def attention(q, k, v, allowed, do, dlse, *, scale, soft_cap=None, bias=None, sinks=None):
+def attention(
+    q, k, v, allowed, do, dlse, *, scale, soft_cap=None, bias=None, sinks=None, alibi=None, q_offset=0, kept=None
+):
     """Values and vector-Jacobian products of one call.
 
     q [B, T, H, D], k [B, S, K, D], v [B, S, K, Dv], allowed bool [B, H, T, S], cotangents do [B, T, H, Dv]
-    and dlse [B, T, H]. Returns o, lse and a dict of the gradients of sum(o * do) + sum(lse * dlse).
+    and dlse [B, T, H]; alibi [H] takes alibi |q_offset + i - k| off the logit of query i and key k, and kept
+    [B, H, T, S] multiplies the weights after the softmax. Returns o, lse and a dict of the gradients of sum(o * do) + sum(lse * dlse).
     """
     q, k, v, do, dlse = (np.asarray(x, np.float64) for x in (q, k, v, do, dlse))
     b, t, h, _ = q.shape
@@ -24,6 +27,8 @@ def attention(q, k, v, allowed, do, dlse, *, scale, soft_cap=None, bias=None, si
         raw = scale * k[row, keys, kv] @ q[row, i, head]
         capped = raw if soft_cap is None else soft_cap * np.tanh(raw / soft_cap)
         logits = capped + full_bias[row, head, i, keys]
+        if alibi is not None:
+            logits = logits - alibi[head] * np.abs(q_offset + i - keys)
         if sinks is not None:
             logits = np.append(logits, sinks[head])
         if logits.size == 0:
@@ -32,10 +37,13 @@ def attention(q, k, v, allowed, do, dlse, *, scale, soft_cap=None, bias=None, si
         lse[row, i, head] = top + np.log(np.exp(logits - top).sum())
         p = np.exp(logits - lse[row, i, head])
         values = np.vstack([v[row, keys, kv], np.zeros((logits.size - keys.size, v.shape[3]))])
-        o[row, i, head] = p @ values
+        factor = np.ones(logits.size)
+        if kept is not None:
+            factor[: keys.size] = kept[row, head, i, keys]
+        o[row, i, head] = (p * factor) @ values
         softmax_jacobian = np.diag(p) - np.outer(p, p)
-        d_logits = softmax_jacobian @ (values @ do[row, i, head]) + p * dlse[row, i, head]
-        grads["v"][row, keys, kv] += np.outer(p[: keys.size], do[row, i, head])
+        d_logits = softmax_jacobian @ (factor * (values @ do[row, i, head])) + p * dlse[row, i, head]
+        grads["v"][row, keys, kv] += np.outer((p * factor)[: keys.size], do[row, i, head])
         if sinks is not None:
             d_sinks[head] += d_logits[-1]
         d_logits = d_logits[: keys.size]
@@ -57,4 +65,23 @@ def dense(predicate, b, h, t, s, q_offset=0):
     out = np.zeros((b, h, t, s), bool)
     for row, head, i, j in np.ndindex(b, h, t, s):
         out[row, head, i, j] = predicate(row, head, q_offset + i, j)
+    return out
+
+
+def kept(rate, seed, b, h, t, s, q_offset=0):
+    """What dropout multiplies the weights with, [B, H, T, S]: Murmur3's finaliser, with Python's integers."""
+
+    def mix(x):
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+            x = (x ^ (x >> shift)) * factor % 2**32
+        return x
+
+    out = np.zeros((b, h, t, s))
+    for row, head, i in np.ndindex(b, h, t):
+        stream = mix(int(seed[0]) ^ (row * 0x9E3779B1 % 2**32))
+        stream = mix(stream ^ ((int(seed[1]) + head * 0x85EBCA77) % 2**32))
+        stream = mix((stream + (q_offset + i) * 0xC2B2AE3D) % 2**32)
+        for j in range(s):
+            if mix((stream + j * 0x27D4EB2F) % 2**32) / 2**32 >= rate:
+                out[row, head, i, j] = 1 / (1 - rate)
     return out
