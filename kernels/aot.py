@@ -8,8 +8,8 @@ the instruction schedule of every kernel. Nothing can be executed.
     program = compile_for(mesh, f, jax.ShapeDtypeStruct((4096, 128), jnp.bfloat16))
     program.memory_analysis()
 
-Schedules: `Schedule` says how many instruction bundles a kernel has, and which units they keep busy. On a TPU one
-bundle is issued per clock, so that bundles x grid steps / clock estimates the time of a kernel (waits for memory aside).
+Schedules: `Schedule` says how many instruction bundles a kernel has, and which units they keep busy. A TPU
+issues one bundle per clock, so that bundles x grid steps / clock estimates the time of a kernel (but for waits).
 """
 
 from __future__ import annotations
@@ -73,6 +73,11 @@ def tpu_mesh(topology: str, shape: Sequence[int] = (1,), axes: Sequence[str] = (
     return Mesh(mesh_utils.create_device_mesh(shape, devices=devices[:count], allow_split_physical_axes=True), axes)
 
 
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device of the mesh."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
 def compile_for(mesh: Mesh, f: Callable, *args: Any, **jit_options: Any) -> jax.stages.Compiled:
     """`f` compiled for the devices of a mesh.
 
@@ -82,7 +87,7 @@ def compile_for(mesh: Mesh, f: Callable, *args: Any, **jit_options: Any) -> jax.
       args: pytrees of `jax.ShapeDtypeStruct`; those without a sharding are replicated.
       jit_options: of `jax.jit`.
     """
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    everywhere = replicated(mesh)
 
     def placed(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or everywhere)
@@ -98,7 +103,17 @@ class Schedule(NamedTuple):
     hot: int  # from the first to the last use of the matrix units
     mxu: float  # share of the slots of the matrix units that are used in the hot part
     spills: float  # stores to spilled registers for each bundle of the hot part
-    vmem: int  # bytes that the kernel allocates in VMEM, 0 where the dump does not say
+
+
+def kernel_vmem(program: jax.stages.Compiled) -> dict[str, int]:
+    """Bytes of VMEM that each Pallas kernel of a program allocates, by kernel name."""
+    found = {}
+    for line in (program.as_text() or "").splitlines():
+        kernel = re.match(r"\s*(?:ROOT )?%([\w.-]+?)(?:\.\d+)? = .*tpu_custom_call", line)
+        if kernel:
+            used = re.search(r'"used_scoped_memory_configs":\[([^]]*)\]', line)
+            found[kernel[1]] = sum(int(n) for n in re.findall(r'"size":"(\d+)"', used[1])) if used else 0
+    return found
 
 
 def dump_options(directory: str | Path) -> dict[str, str]:
@@ -111,7 +126,7 @@ def schedules(directory: str | Path) -> dict[str, Schedule]:
     """The schedules of the kernels that were compiled under `dump_options(directory)`, by kernel name."""
     found = {}
     for path in sorted(Path(directory).glob("*-final_hlo-static-per-bundle-utilization.txt")):
-        name = re.sub(r"-\d+-final_hlo.*", "", re.sub(r"^\d+-", "", path.name))
+        name = re.sub(r"(\.\d+)?-\d+-final_hlo.*", "", re.sub(r"^\d+-", "", path.name))
         lines = path.read_text().splitlines()
         slots = [x.strip() for x in lines[1].split(",")]
         capacity = [int(x) for x in lines[2].split()]
@@ -122,5 +137,5 @@ def schedules(directory: str | Path) -> dict[str, Schedule]:
         hot = rows[used[0] : used[-1] + 1]
         mxu, spill = slots.index("MXU"), slots.index("VSTORE:SPILL")
         share = hot[:, mxu].sum() / (len(hot) * capacity[mxu])
-        found[name] = Schedule(len(rows), len(hot), round(float(share), 3), round(float(hot[:, spill].mean()), 3), 0)
+        found[name] = Schedule(len(rows), len(hot), round(float(share), 3), round(float(hot[:, spill].mean()), 3))
     return found

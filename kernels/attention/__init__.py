@@ -2,6 +2,7 @@
 
 from jaxrl.kernels.attention.alibi import alibi_slopes as alibi_slopes
 from jaxrl.kernels.attention.api import attention as attention
+from jaxrl.kernels.attention.decode import decode_attention as decode_attention
 from jaxrl.kernels.attention.masks import BlockDiffusion as BlockDiffusion
 from jaxrl.kernels.attention.masks import Causal as Causal
 from jaxrl.kernels.attention.masks import Chunked as Chunked
@@ -13,3 +14,6 @@ from jaxrl.kernels.attention.masks import Segments as Segments
 from jaxrl.kernels.attention.masks import Tree as Tree
 from jaxrl.kernels.attention.masks import Window as Window
 from jaxrl.kernels.attention.masks import dense as dense
+from jaxrl.kernels.attention.ring import ring_attention as ring_attention
+from jaxrl.kernels.attention.ring import unzigzag as unzigzag
+from jaxrl.kernels.attention.ring import zigzag as zigzag

@@ -7,14 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrl.kernels.attention import masks
+from jaxrl.kernels.attention import cudnn, masks
 from jaxrl.kernels.attention.alibi import alibi_bias
 from jaxrl.kernels.attention.blocked import blocked_attention
+from jaxrl.kernels.attention.checks import check_arrays, check_per_head, check_soft_cap
 from jaxrl.kernels.attention.dropout import dropout_of, keep_factor
 from jaxrl.kernels.attention.reference import dense_attention
 from jaxrl.kernels.attention.tpu import pallas_attention, refusal
 
-IMPLEMENTATIONS = ("reference", "xla", "pallas")
+IMPLEMENTATIONS = ("reference", "xla", "pallas", "mosaic_gpu", "cudnn")
 DENSE_PAIRS = 128 * 128  # up to here the dense form is at least as fast as tiles on CPU, with gradients
 
 
@@ -64,7 +65,8 @@ def attention(
         their own.
       implementation: None picks the best one for platform and shape. "reference": dense, O(T S) memory.
         "xla": tiles and online softmax, O(T) memory forward and backward. "pallas": TPU kernel (interpreted
-        on CPU).
+        on CPU). "mosaic_gpu": kernel for Hopper GPUs (compiled for them, but never yet run on one: None does not pick
+        it). "cudnn": NVIDIA's own, through `jax.nn`.
       return_lse: also return the log-sum-exp.
 
     Returns:
@@ -90,11 +92,24 @@ def attention(
     if chosen == "reference":
         pairs = _pairs(shape, mask, q_offset, bias, alibi, dropped)
         o, lse = dense_attention(q, k, v, **pairs, **options)
+    elif chosen == "cudnn":
+        others = {"sinks": sinks, "alibi": alibi, "dropout": dropped}
+        reason = cudnn.refusal(q, k, mask, q_offset, scale, soft_cap, others, return_lse)
+        if reason:
+            raise ValueError(f'attention: implementation="cudnn": {reason}.')
+        return cudnn.cudnn_attention(q, k, v, mask=mask, scale=scale, bias=bias)
     else:
-        tiled = blocked_attention if chosen == "xla" else pallas_attention
         options |= {"mask": mask, "q_offset": q_offset, "bias": bias, "alibi": alibi, "dropout": dropped}
-        o, lse = tiled(q, k, v, **options)
+        o, lse = _tiled(chosen)(q, k, v, **options)
     return (o, jnp.swapaxes(lse, 1, 2)) if return_lse else o
+
+
+def _tiled(name: str):
+    if name == "mosaic_gpu":  # imported where it is wanted: its back end is large
+        from jaxrl.kernels.attention.gpu import mosaic_gpu_attention
+
+        return mosaic_gpu_attention
+    return {"xla": blocked_attention, "pallas": pallas_attention}[name]
 
 
 def _pairs(shape, mask, q_offset, bias, alibi, dropped) -> dict[str, Any]:
@@ -109,7 +124,7 @@ def _pairs(shape, mask, q_offset, bias, alibi, dropped) -> dict[str, Any]:
     kept = None
     if dropped is not None:
         rows = jnp.arange(b).reshape(b, 1, 1, 1)
-        kept = keep_factor(dropped.rate, tuple(dropped.seed), rows, heads, whole.q, whole.k)
+        kept = keep_factor(dropped.rate, dropped.seed, rows, heads, whole.q, whole.k)
     return {"allowed": allowed, "bias": bias, "kept": kept}
 
 
@@ -126,26 +141,13 @@ def _choose(q, k, v, mask, scale, soft_cap, bias) -> str:
 
 def _check(q, k, v, bias, alibi, sinks, soft_cap) -> tuple[int, int, int, int]:
     """(B, H, T, S) of the call, or ValueError."""
-    for name, x, axes in (("q", q, "[B, T, H, D]"), ("k", k, "[B, S, K, D]"), ("v", v, "[B, S, K, Dv]")):
-        if jnp.ndim(x) != 4:
-            raise ValueError(f"attention: {name} has shape {jnp.shape(x)}, expected {axes}.")
-    (b, t, h, d), (kb, s, heads, kd) = q.shape, k.shape
-    if (kb, kd) != (b, d):
-        raise ValueError(f"attention: k has B, D = {kb}, {kd}, expected q's B, D = {b}, {d}.")
-    if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"attention: v has B, S, K = {v.shape[:3]}, expected k's {k.shape[:3]}.")
-    if heads == 0 or h % heads:
-        raise ValueError(f"attention: q has H = {h} heads, expected a multiple of k's K = {heads} heads.")
-    full = (b, h, t, s)
+    full = check_arrays("attention", q, k, v)
     if bias is not None and not (
         jnp.ndim(bias) == 4 and all(n in (1, m) for n, m in zip(bias.shape, full, strict=True))
     ):
         raise ValueError(
             f"attention: bias has shape {jnp.shape(bias)}, expected [B, H, T, S] = {full}, any axis may be 1."
         )
-    for name, x in (("alibi", alibi), ("sinks", sinks)):
-        if x is not None and jnp.shape(x) != (h,):
-            raise ValueError(f"attention: {name} has shape {jnp.shape(x)}, expected [H] = ({h},).")
-    if isinstance(soft_cap, int | float) and soft_cap <= 0:
-        raise ValueError(f"attention: soft_cap = {soft_cap}, expected a positive number, or None for no cap.")
+    check_per_head("attention", full[1], alibi=alibi, sinks=sinks)
+    check_soft_cap("attention", soft_cap)
     return full

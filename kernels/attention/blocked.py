@@ -297,7 +297,7 @@ def _logits(settings, a, b, tile, mask, bias, alibi, i, *, transposed=False) -> 
 
 def _kept(settings, seed, tile):
     """What dropout multiplies the weights of a tile with, [bq, bk]."""
-    return keep_factor(settings.dropout, tuple(seed), tile.row, tile.head, tile.q, tile.k)[0, 0]
+    return keep_factor(settings.dropout, seed, tile.row, tile.head, tile.q, tile.k)[0, 0]
 
 
 def _tile(i, j, settings, row, head, q_offset, s) -> masks.Tile:

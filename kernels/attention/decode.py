@@ -16,7 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxrl.kernels.attention.reference import MASKED, SEEN, dense_attention
+from jaxrl.kernels.attention.checks import check_groups, check_per_head, check_soft_cap
+from jaxrl.kernels.attention.reference import MASKED, SEEN, dense_attention, with_sinks
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas")
 TILE = 2**16  # numbers in a tile of keys on CPU: it and its values stay in the cache of a core
@@ -96,9 +97,7 @@ def decode_attention(
         o, lse = _dense(settings, q, k, v, lengths, block_table)
     else:
         o, lse = _without_derivatives(chosen, settings, q, k, v, lengths, block_table)
-    if sinks is not None:  # a key without a value: it only takes its share of the probability
-        with_sink = jnp.logaddexp(lse, sinks.astype(lse.dtype)[None, None])
-        o, lse = o * jnp.exp(lse - with_sink)[..., None], with_sink
+    o, lse = with_sinks(o, lse, sinks)
     o = o.astype(q.dtype)
     return (o, lse) if return_lse else o
 
@@ -109,15 +108,14 @@ def _check(q, k, v, lengths, block_table, window, scale, soft_cap, sinks, implem
     for what, x, axes in (("q", q, "B, T, H, D"), ("k", k, f"{cache}, K, D"), ("v", v, f"{cache}, K, Dv")):
         if jnp.ndim(x) != 4:
             raise ValueError(f"{name}: {what} has shape {jnp.shape(x)}, expected [{axes}].")
-    (b, _, h, d), (kb, _, heads, kd) = q.shape, k.shape
+    (b, _, h, d), (kb, _, _, kd) = q.shape, k.shape
     if kd != d:
         raise ValueError(f"{name}: k has D = {kd}, expected q's D = {d}.")
     if block_table is None and kb != b:
         raise ValueError(f"{name}: k has B = {kb}, expected q's B = {b}; pages need a block_table.")
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"{name}: v has {cache}, K = {v.shape[:3]}, expected k's {k.shape[:3]}.")
-    if heads == 0 or h % heads:
-        raise ValueError(f"{name}: q has H = {h} heads, expected a multiple of k's K = {heads} heads.")
+    check_groups(name, q, k)
     if jnp.shape(lengths) != (b,):
         raise ValueError(f"{name}: lengths has shape {jnp.shape(lengths)}, expected [B] = ({b},).")
     if block_table is not None and (jnp.ndim(block_table) != 2 or len(block_table) != b):
@@ -125,15 +123,13 @@ def _check(q, k, v, lengths, block_table, window, scale, soft_cap, sinks, implem
     for what, x in (("lengths", lengths), ("block_table", block_table)):
         if x is not None and not jnp.issubdtype(jnp.result_type(x), jnp.integer):
             raise ValueError(f"{name}: {what} is {jnp.result_type(x)}, expected integers.")
-    if sinks is not None and jnp.shape(sinks) != (h,):
-        raise ValueError(f"{name}: sinks has shape {jnp.shape(sinks)}, expected [H] = ({h},).")
+    check_per_head(name, h, sinks=sinks)
+    check_soft_cap(name, soft_cap)
     if window is not None and (not isinstance(window, int) or window < 1):
         raise ValueError(f"{name}: window = {window!r}, expected an int of at least 1, or None for no window.")
     for what, value in (("scale", scale), ("soft_cap", soft_cap)):
         if not isinstance(value, int | float | None):
             raise ValueError(f"{name}: {what} is {type(value).__name__}, expected a Python number.")
-    if soft_cap is not None and soft_cap <= 0:
-        raise ValueError(f"{name}: soft_cap = {soft_cap}, expected a positive number, or None for no cap.")
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"{name}: implementation={implementation!r}, expected None or {IMPLEMENTATIONS}.")
 

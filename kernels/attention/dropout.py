@@ -31,7 +31,7 @@ def dropout_of(rate: float, key: jax.Array | None) -> Dropout | None:
     return Dropout(float(rate), jax.random.bits(key, (2,), jnp.uint32))
 
 
-def keep_factor(rate: float, seed: tuple[Any, Any], row: Any, head: Any, q: Any, k: Any) -> jax.Array:
+def keep_factor(rate: float, seed: Any, row: Any, head: Any, q: Any, k: Any) -> jax.Array:
     """0 or 1 / (1 - rate) for each pair: what its weight is multiplied with.
 
     Every implementation and every tile finds the same bits again: they are a hash of seed, batch row, head,

@@ -20,6 +20,9 @@ from jax import lax
 
 Index = int | jax.Array
 
+AXIS_OF_FIELD = {"q_ids": "q", "kv_ids": "k", "end": "k", "lengths": "row"}
+"""Along what the arrays of masks lie, by field: queries, keys, or one value for each batch row."""
+
 
 class Rectangle(Protocol):
     """What a predicate may ask about the pairs it is evaluated on; the values broadcast together."""
@@ -158,6 +161,13 @@ def dense(mask: Mask, shape: tuple[int, int, int, int], q_offset: Index = 0) -> 
       bool [B|1, H|1, T|1, S|1]: axes along which the mask is constant may have length 1.
     """
     return mask.allowed(Tile(q_offset, shape[2], 0, shape[3], shape[3]))
+
+
+def with_explicit_keys(mask: Mask) -> Mask:
+    """The same mask with the key ids of every `Segments` filled in, so that each array belongs to one axis."""
+    is_segments = lambda x: isinstance(x, Segments)
+    fill = lambda x: Segments(x.q_ids, x.keys()) if is_segments(x) else x
+    return jax.tree.map(fill, mask, is_leaf=is_segments)
 
 
 def _static() -> Any:

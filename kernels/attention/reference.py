@@ -62,3 +62,11 @@ def dense_attention(
     weights = weights.reshape(b, heads, h // heads * t, s)
     o = jnp.einsum("bkns,bskd->bknd", weights, v.astype(acc)).reshape(b, h, t, v.shape[-1])
     return jnp.swapaxes(o, 1, 2).astype(q.dtype), lse
+
+
+def with_sinks(o: jax.Array, lse: jax.Array, sinks: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """o [B, T, H, Dv] and lse [B, T, H] with a sink for each head: a key without a value, that only takes its share."""
+    if sinks is None:
+        return o, lse
+    total = jnp.logaddexp(lse, sinks.astype(lse.dtype)[None, None])
+    return (o * jnp.exp(lse - total)[..., None]).astype(o.dtype), total

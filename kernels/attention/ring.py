@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrl.kernels.attention import blocked, masks
-from jaxrl.kernels.attention.reference import MASKED
+from jaxrl.kernels.attention.checks import check_arrays, check_per_head, check_soft_cap
+from jaxrl.kernels.attention.reference import MASKED, with_sinks
 
 
 def zigzag(x: jax.Array, n: int, *, axis: int = 1) -> jax.Array:
@@ -152,10 +153,8 @@ def ring_attention(
     else:
         both: Any = _ring(settings, q, k, v, mask)
         o, lse = both
-    if sinks is not None:  # a key without a value: it only takes its share of the probability
-        with_sink = jnp.logaddexp(lse, sinks.astype(lse.dtype)[None, :, None])
-        o, lse = (o * _per_query(jnp.exp(lse - with_sink))).astype(q.dtype), with_sink
-    return (o, jnp.swapaxes(lse, 1, 2)) if return_lse else o
+    o, lse = with_sinks(o, jnp.swapaxes(lse, 1, 2), sinks)
+    return (o, lse) if return_lse else o
 
 
 def _size(axis_name) -> int:
@@ -176,23 +175,12 @@ def _typed_as_varying(x: jax.Array) -> bool:
 
 def _check(q, k, v, sinks, scale, soft_cap, mask, zigzag):
     name = "ring_attention"
-    for what, x, axes in (("q", q, "[B, T, H, D]"), ("k", k, "[B, S, K, D]"), ("v", v, "[B, S, K, Dv]")):
-        if jnp.ndim(x) != 4:
-            raise ValueError(f"{name}: {what} has shape {jnp.shape(x)}, expected {axes}.")
-    (b, t, h, d), (kb, s, heads, kd) = q.shape, k.shape
-    if (kb, kd) != (b, d):
-        raise ValueError(f"{name}: k has B, D = {kb}, {kd}, expected q's B, D = {b}, {d}.")
-    if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"{name}: v has B, S, K = {v.shape[:3]}, expected k's {k.shape[:3]}.")
-    if heads == 0 or h % heads:
-        raise ValueError(f"{name}: q has H = {h} heads, expected a multiple of k's K = {heads} heads.")
-    if sinks is not None and jnp.shape(sinks) != (h,):
-        raise ValueError(f"{name}: sinks has shape {jnp.shape(sinks)}, expected [H] = ({h},).")
+    _, h, t, s = check_arrays(name, q, k, v)
+    check_per_head(name, h, sinks=sinks)
+    check_soft_cap(name, soft_cap)
     for what, value in (("scale", scale), ("soft_cap", soft_cap)):
         if not isinstance(value, int | float | None):
             raise ValueError(f"{name}: {what} is {type(value).__name__}, expected a Python number.")
-    if soft_cap is not None and soft_cap <= 0:
-        raise ValueError(f"{name}: soft_cap = {soft_cap}, expected a positive number, or None for no cap.")
     if not isinstance(mask, masks.Mask):
         raise ValueError(f"{name}: mask is {type(mask).__name__}, expected a mask such as Causal().")
     if zigzag and (t % 2 or s % 2):

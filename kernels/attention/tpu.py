@@ -20,11 +20,10 @@ from jax.tree_util import tree_leaves_with_path
 
 from jaxrl.kernels.attention import masks, tiles, tpu_kernels
 from jaxrl.kernels.attention.dropout import Dropout
-from jaxrl.kernels.attention.reference import SEEN
+from jaxrl.kernels.attention.reference import SEEN, with_sinks
 from jaxrl.kernels.attention.tpu_kernels import Pieces, Place, Scalars, Settings
 
 LANES = 128
-AXIS_OF_FIELD = {"q_ids": "q", "kv_ids": "k", "end": "k", "lengths": "row"}
 VMEM = {"v4": 16, "v5e": 128, "v5p": 64, "v6e": 128, "7x": 64}  # MiB of one core
 WIDE = ("v6e", "7x")  # matrix units of 256 x 256
 USABLE = 0.75  # of it: the compiler's own scratch needs room too
@@ -58,8 +57,8 @@ def refusal(q, k, v, mask, scale, soft_cap, bias) -> str | None:
     if {q.dtype, k.dtype, v.dtype} - {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
         return f"the Pallas kernel takes float32 and bfloat16, not {q.dtype}, {k.dtype}, {v.dtype}; {other}"
     for path, _ in tree_leaves_with_path(mask):
-        if _field(path) not in AXIS_OF_FIELD:
-            name = _field(path)
+        if path[-1].name not in masks.AXIS_OF_FIELD:
+            name = path[-1].name
             return f"the Pallas kernel cannot cut the mask's {name!r} into blocks (as of Dense); {other}"
     return None
 
@@ -106,7 +105,7 @@ def pallas_attention(
     generation, vmem = _tpu()
     blocks = _fitted(blocks or blocks_of(generation, q.dtype.itemsize), t, s)
     unmasked = isinstance(mask, masks.Full) and s % blocks.k == 0
-    mask = _explicit_keys(mask if s % blocks.k == 0 else masks.Exists() & mask)
+    mask = masks.with_explicit_keys(mask if s % blocks.k == 0 else masks.Exists() & mask)
     settings = Settings(
         scale=scale,
         soft_cap=soft_cap,
@@ -121,7 +120,7 @@ def pallas_attention(
         dq_across=generation in WIDE,
         unmasked=unmasked,
         structure=jax.tree.structure(mask),
-        kinds=tuple(AXIS_OF_FIELD[_field(path)] for path, _ in tree_leaves_with_path(mask)),
+        kinds=tuple(masks.AXIS_OF_FIELD[path[-1].name] for path, _ in tree_leaves_with_path(mask)),
     )
     qh = _heads_first((q.astype(jnp.float32) * settings.query_factor).astype(q.dtype), blocks.q)
     kh, vh = _heads_first(k, blocks.k), _heads_first(v, blocks.k)
@@ -137,12 +136,8 @@ def pallas_attention(
     static = Static(settings, fused, vmem, interpret)
     both: Any = _attention(static, qh, kh, vh, leaves, kinds, numbers, slopes)
     o, lse = both
-    o, lse = jnp.swapaxes(o[:, :, :t], 1, 2), lse[:, :, 0, :t]
-    if sinks is not None:  # a key without a value: it only takes its share of the probability
-        with_sink = jnp.logaddexp(lse, sinks.astype(lse.dtype)[None, :, None])
-        o = o * jnp.swapaxes(jnp.exp(lse - with_sink), 1, 2)[..., None].astype(o.dtype)
-        lse = with_sink
-    return o, lse
+    o, lse = with_sinks(jnp.swapaxes(o[:, :, :t], 1, 2), jnp.swapaxes(lse[:, :, 0, :t], 1, 2), sinks)
+    return o, jnp.swapaxes(lse, 1, 2)
 
 
 class Static(NamedTuple):
@@ -155,8 +150,8 @@ class Static(NamedTuple):
 
 
 def _tpu() -> tuple[str | None, int]:
-    """Generation of the TPU that is lowered for, and the bytes of VMEM a kernel may use; None and the least of all where
-    it is not known."""
+    """Generation of the TPU that is lowered for, and bytes of VMEM a kernel may use; None and the least of all where it
+    is not known."""
     try:
         info = pltpu.get_tpu_info()
         return str(info.chip_version), int(info.vmem_capacity_bytes * USABLE)
@@ -187,17 +182,6 @@ def _fitted(blocks: Blocks, t: int, s: int) -> Blocks:
 def _heads_first(x: jax.Array, block: int) -> jax.Array:
     """[B, T, H, D] -> [B, H, T rounded up to whole blocks, D], zeros at the end."""
     return jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, -x.shape[1] % block), (0, 0)))
-
-
-def _field(path) -> str:
-    return path[-1].name
-
-
-def _explicit_keys(mask: masks.Mask) -> masks.Mask:
-    """The same mask with the key ids of every Segments filled in, so that each leaf belongs to one axis."""
-    is_segments = lambda x: isinstance(x, masks.Segments)
-    fill = lambda x: masks.Segments(x.q_ids, x.keys()) if is_segments(x) else x
-    return jax.tree.map(fill, mask, is_leaf=is_segments)
 
 
 def _operands(settings: Settings, mask: masks.Mask, batch: int, q_offset, t: int, s: int) -> list[jax.Array]:
@@ -351,7 +335,7 @@ def _gradients(static, residuals, cotangents):
         _call, static=static, kinds=kinds, numbers=numbers, slopes=slopes, leaves=leaves, inputs=inputs
     )
     outputs = [(k.shape, k.dtype, "k"), (v.shape, v.dtype, "k")]
-    scratch = [(bk, d), (bk, v.shape[3])]
+    scratch: list[tuple[int, ...]] = [(bk, d), (bk, v.shape[3])]
     dq_shape = (d, bq) if settings.dq_across else (bq, d)
     if static.fused:
         outputs.append((q.shape, q.dtype, "group"))

@@ -156,7 +156,7 @@ def _logits(product, masked, queries, keys, mask_refs, settings: Settings, scala
         allowed = jax.tree.unflatten(settings.structure, leaves).allowed(tile)
         logits = jnp.where(allowed, logits, MASKED)
     if settings.dropout:
-        seed = tuple(lax.convert_element_type(scalars.numbers[n], jnp.uint32) for n in (1, 2))
+        seed = [lax.convert_element_type(scalars.numbers[n], jnp.uint32) for n in (1, 2)]
         kept = keep_factor(settings.dropout, seed, place.row, place.head, tile.q, tile.k)
     return logits, slope, kept
 

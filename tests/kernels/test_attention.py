@@ -1,13 +1,14 @@
 import functools
 import importlib.util
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl.kernels.attention import Causal, Chunked, Dense, Full, Segments, Window, alibi_slopes, attention
+from jaxrl.kernels.attention import Causal, Chunked, Dense, Full, Segments, Window, alibi_slopes, attention, cudnn
 from jaxrl.kernels.attention.blocked import blocked_attention
 from jaxrl.kernels.attention.dropout import dropout_of, keep_factor
 from jaxrl.kernels.attention.tpu import Blocks, Pieces, pallas_attention
@@ -131,7 +132,7 @@ def check(call, name):
 def test_dropout_keeps_the_share_it_should_and_no_pattern():
     grid = [jnp.arange(n, dtype=jnp.int32).reshape(shape) for n, shape in
             ((3, (3, 1, 1, 1)), (4, (1, 4, 1, 1)), (200, (1, 1, 200, 1)), (300, (1, 1, 1, 300)))]  # fmt: skip
-    kept = np.asarray(keep_factor(0.3, tuple(jax.random.bits(KEY(), (2,), jnp.uint32)), *grid)) > 0
+    kept = np.asarray(keep_factor(0.3, jax.random.bits(KEY(), (2,), jnp.uint32), *grid)) > 0
     deviation = (0.3 * 0.7) ** 0.5
     for axes in ((0, 1, 2, 3), (0, 1, 2), (0, 1, 3), (1, 2, 3), (0, 2, 3), (2,), (3,)):
         share, count = kept.mean(axis=axes), np.prod([kept.shape[a] for a in axes])
@@ -343,7 +344,8 @@ def test_second_derivatives_are_refused_where_there_are_none(outer):
         outer(functools.partial(slope, "pallas"))(q)
 
 
-X = jnp.ones((2, 6, 4, 8))
+X = jnp.arange(384.0).reshape(2, 6, 4, 8) / 384
+HALF = X.astype(jnp.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -386,6 +388,9 @@ def test_bad_input(change, message):
         ("pallas", {"q": X.astype(jnp.float16)}, "takes float32 and bfloat16, not float16"),
         ("pallas", {"scale": jnp.float32(1.0)}, "scale and soft_cap as Python numbers"),
         ("xla", {"scale": jnp.float32(1.0)}, "needs scale as a Python number"),
+        ("cudnn", {}, "cuDNN runs on NVIDIA GPUs, not on cpu; use implementation"),
+        ("mosaic_gpu", {}, "takes bfloat16 or float16, not float32"),
+        ("mosaic_gpu", {"alibi": jnp.ones(4)}, "takes no alibi"),
     ],
 )
 def test_named_implementations_refuse_loudly(implementation, change, message):
@@ -393,6 +398,36 @@ def test_named_implementations_refuse_loudly(implementation, change, message):
     with pytest.raises(ValueError, match=message):
         attention(**arguments, implementation=implementation)
     attention(**arguments)  # None always works
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"mask": Window(3)}, None),
+        ({"mask": Full(), "k": HALF[:, :5]}, None),
+        ({"q": X}, "takes bfloat16 and float16"),
+        ({"mask": Segments(jnp.ones((2, 6), int))}, r"takes Full\(\), Causal\(\) and Window\(n\), not Segments"),
+        ({"k": HALF[:, :5]}, "with T = S and q_offset = 0 only"),
+        ({"q_offset": 1}, "with T = S and q_offset = 0 only"),
+        ({"others": {"sinks": X}}, "takes no sinks"),
+        ({"soft_cap": 2.0}, "takes no soft_cap"),
+        ({"return_lse": True}, "no return_lse"),
+    ],
+)
+def test_what_cudnn_refuses_on_a_gpu(change, message, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    call = {"q": HALF, "k": HALF, "mask": Causal(), "q_offset": 0, "scale": 1.0, "soft_cap": None, "others": {}}
+    reason = cudnn.refusal(**(call | {"return_lse": False} | change))
+    assert reason is None if message is None else re.search(message, reason)
+
+
+@pytest.mark.parametrize("mask", [Full(), Causal(), Window(3)])
+def test_cudnn_is_asked_for_the_same_mask(mask, monkeypatch):
+    plain = functools.partial(jax.nn.dot_product_attention)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *x, **o: plain(*x, **(o | {"implementation": "xla"})))
+    o = cudnn.cudnn_attention(X, X + 1, X, mask=mask, scale=0.2)
+    np.testing.assert_allclose(o, attention(X, X + 1, X, mask=mask, scale=0.2), rtol=1e-5)
 
 
 def test_none_chooses_by_shape():
