@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxrl.kernels.grouped_matmul import accumulator, alike, within
+from jaxrl.kernels.grouped_matmul import accumulator, within
+from jaxrl.kernels.varying import vary_alike
 
 
 class Routing(NamedTuple):
@@ -61,7 +62,9 @@ def sort_by_expert(experts: jax.Array, *, num_experts: int) -> Routing:
         raise ValueError(f"sort_by_expert: num_experts = {num_experts}, expected at least 1.")
     ids = jnp.asarray(experts).reshape(-1)
     ids = jnp.where((ids >= 0) & (ids < num_experts), ids, num_experts).astype(jnp.int32)
-    ids, rank = alike(ids, jnp.arange(ids.size, dtype=jnp.int32))  # argsort forgets that its result varies as ids do
+    ids, rank = vary_alike(
+        ids, jnp.arange(ids.size, dtype=jnp.int32)
+    )  # argsort forgets that its result varies as ids do
     _, order = lax.sort((ids, rank), num_keys=1, is_stable=True)
     place = jnp.zeros_like(order).at[order].set(rank, unique_indices=True)
     sizes = jnp.bincount(ids, length=num_experts).astype(jnp.int32)
@@ -89,7 +92,7 @@ def dispatch(x: jax.Array, routing: Routing) -> jax.Array:
     if jnp.ndim(x) != 2 or x.shape[0] != t:
         raise ValueError(f"dispatch: x has shape {jnp.shape(x)}, expected [T, D] with the routing's T = {t} tokens.")
     copies = jnp.broadcast_to(x[:, None], (t, k, x.shape[1])).reshape(t * k, x.shape[1])
-    return _permuted(*alike(copies, routing.order, routing.place.reshape(-1)))
+    return _permuted(*vary_alike(copies, routing.order, routing.place.reshape(-1)))
 
 
 def combine(rows: jax.Array, routing: Routing, weights: jax.Array | None = None, *, dtype: Any = None) -> jax.Array:
@@ -118,7 +121,7 @@ def combine(rows: jax.Array, routing: Routing, weights: jax.Array | None = None,
     if weights is not None and jnp.shape(weights) != (t, k):
         raise ValueError(f"combine: weights have shape {jnp.shape(weights)}, expected [T, k] = ({t}, {k}).")
     dtype = rows.dtype if dtype is None else dtype
-    rows = _permuted(*alike(rows, routing.place.reshape(-1), routing.order)).reshape(t, k, rows.shape[1])
+    rows = _permuted(*vary_alike(rows, routing.place.reshape(-1), routing.order)).reshape(t, k, rows.shape[1])
     rows = rows.astype(accumulator(rows.dtype))
     if weights is not None:
         rows = rows * weights[..., None].astype(rows.dtype)
@@ -235,7 +238,7 @@ def _swap(axis_name, length, rows, counts) -> Any:
       rows: [R, D], in the order of the devices that they are for.
       counts: int [n, n], how many rows device s has for device d.
     """
-    me, zeros = lax.axis_index(axis_name), alike(jnp.zeros((length, rows.shape[1]), rows.dtype), rows)[0]
+    me, zeros = lax.axis_index(axis_name), vary_alike(jnp.zeros((length, rows.shape[1]), rows.dtype), rows)[0]
     first_here, first_there = jnp.cumsum(counts, 1) - counts, jnp.cumsum(counts, 0) - counts
 
     def ragged(rows, zeros):
@@ -260,4 +263,4 @@ _swap.defvjp(
 
 
 def _varying(axis_name, *arrays):
-    return tuple(alike(x, lax.axis_index(axis_name))[0] for x in arrays)
+    return tuple(vary_alike(x, lax.axis_index(axis_name))[0] for x in arrays)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxrl.kernels.varying import vary_alike
+
 IMPLEMENTATIONS = ("tiles", "ragged_dot")
 TILE, SMALL_TILE = 32, 8  # rows of a product on CPU: least time of 8 .. 256 for groups of 64 rows and more, and of 4
 
@@ -50,7 +52,7 @@ def grouped_matmul(
     _check(x, w, group_sizes, implementation)
     sizes = within(jnp.asarray(group_sizes, jnp.int32), x.shape[0])
     settings = _Settings(jnp.dtype(dtype or x.dtype), implementation)
-    return _rows(settings, *alike(x, w, sizes))
+    return _rows(settings, *vary_alike(x, w, sizes))
 
 
 class _Settings(NamedTuple):
@@ -118,7 +120,7 @@ def _rows_by_tiles(settings, x, w, sizes):
         return lax.dynamic_update_slice_in_dim(out, _bits(y), row, 0)
 
     out = _bits(jnp.zeros((m + tile, w.shape[3 - contracted]), settings.dtype))
-    out = _over_tiles(sizes, tile, visit, alike(out, x_bits)[0])
+    out = _over_tiles(sizes, tile, visit, vary_alike(out, x_bits)[0])
     return _zeros_after(_floats(out[:m], settings.dtype), sizes)
 
 
@@ -135,7 +137,7 @@ def _outer_by_tiles(settings, x, y, sizes):
 
     acc = accumulator(jnp.promote_types(x.dtype, y.dtype))
     out = jnp.zeros((sizes.shape[0], x.shape[1], y.shape[1]), acc)
-    return _over_tiles(sizes, tile, visit, alike(out, x)[0]).astype(settings.dtype)
+    return _over_tiles(sizes, tile, visit, vary_alike(out, x)[0]).astype(settings.dtype)
 
 
 def _over_tiles(sizes, tile: int, visit, carry):
@@ -210,18 +212,6 @@ def _zeros_after(rows, sizes):
     """The rows of groups; zeros, whatever stood there, after the last group."""
     inside = lax.broadcasted_iota(jnp.int32, rows.shape, 0) < jnp.sum(sizes)
     return jnp.where(inside, rows, jnp.zeros_like(rows))
-
-
-def alike(*arrays):
-    """The arrays, each varying over every mesh axis that one of them varies over (inside `shard_map`)."""
-    own = [_axes(x) for x in arrays]
-    missing = (tuple(sorted(frozenset().union(*own) - axes)) for axes in own)
-    return tuple(lax.pcast(x, names, to="varying") if names else x for x, names in zip(arrays, missing, strict=True))
-
-
-def _axes(x) -> frozenset:
-    kind = jax.typeof(x)
-    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
 
 
 def _check(x, w, group_sizes, implementation):

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxrl.kernels.grouped_matmul import alike, grouped_matmul
+from jaxrl.kernels.grouped_matmul import grouped_matmul
+from jaxrl.kernels.varying import vary_alike
 
 Block = tuple[int | None, int | None]
 """Rows and columns that share a scale; None: all of them."""
@@ -186,9 +187,9 @@ def product_bound(x: jax.Array, w: jax.Array, *, scheme: Scheme = FP8) -> jax.Ar
 
 def _product(scheme, x, w, group_sizes) -> Any:
     if isinstance(w, Quantised):
-        x, *w = alike(x, *w)
+        x, *w = vary_alike(x, *w)
         return _rounded((scheme, x.dtype, None), x, None, Quantised(*w), group_sizes)
-    x, w = alike(x, w)
+    x, w = vary_alike(x, w)
     return _rounded((scheme, x.dtype, w.dtype), x, w, None, group_sizes)
 
 
@@ -246,7 +247,7 @@ def _sum_of_blocks(scheme, x: Quantised, w: Quantised, group_sizes):
         return total + dot(a, b).astype(jnp.float32) * (a_scale[:, None] * b_scale), None
 
     blocks = x_values, jnp.moveaxis(w_values, -3, 0), x_scales, jnp.moveaxis(w_scales, -2, 0)
-    total = alike(jnp.zeros((m, n), jnp.float32), *jax.tree.leaves((x, w, group_sizes)))[0]
+    total = vary_alike(jnp.zeros((m, n), jnp.float32), *jax.tree.leaves((x, w, group_sizes)))[0]
     total = add(total, jax.tree.map(lambda a: a[0], blocks))[0] if count == 1 else lax.scan(add, total, blocks)[0]
     return total if group_sizes is None else jnp.where(jnp.less(group, w.values.shape[0])[:, None], total, 0.0)
 

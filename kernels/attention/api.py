@@ -84,7 +84,7 @@ def attention(
     mask.check(shape, q_offset)
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"attention: implementation={implementation!r}, expected None or {IMPLEMENTATIONS}.")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     chosen = implementation or _choose(q, k, v, mask, scale, soft_cap, bias)
     dropped = dropout_of(dropout, dropout_key)
     alibi = None if alibi is None else jax.lax.stop_gradient(jnp.asarray(alibi, jnp.float32))

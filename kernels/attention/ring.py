@@ -24,6 +24,7 @@ from jax import lax
 from jaxrl.kernels.attention import blocked, masks
 from jaxrl.kernels.attention.checks import check_arrays, check_per_head, check_soft_cap
 from jaxrl.kernels.attention.reference import MASKED, with_sinks
+from jaxrl.kernels.varying import varying
 
 
 def zigzag(x: jax.Array, n: int, *, axis: int = 1) -> jax.Array:
@@ -141,7 +142,7 @@ def ring_attention(
     n = _size(axis_name)
     _check(q, k, v, sinks, scale, soft_cap, mask, zigzag)
     mask.check((q.shape[0], q.shape[2], n * q.shape[1], n * k.shape[1]), 0)
-    if any(_typed_as_varying(x) for x in (q, k, v)):
+    if any(varying(x) for x in (q, k, v)):
         raise ValueError(
             "ring_attention: called under jax.shard_map with check_vma=True, which loops over tiles do not satisfy; "
             "pass check_vma=False to shard_map."
@@ -165,12 +166,6 @@ def _size(axis_name) -> int:
             f"ring_attention: axis_name = {axis_name!r} is no mesh axis here; call it inside jax.shard_map over a "
             "mesh that has it."
         ) from None
-
-
-def _typed_as_varying(x: jax.Array) -> bool:
-    """Whether shard_map tracks along which mesh axes x varies (check_vma=True)."""
-    kind: Any = jax.typeof(x)
-    return bool(kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying)
 
 
 def _check(q, k, v, sinks, scale, soft_cap, mask, zigzag):
