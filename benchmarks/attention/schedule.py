@@ -54,7 +54,7 @@ def vmem_by_refusal(compile_with_limit) -> dict[str, int]:
             refused = re.search(r"on stack for %([\w]+)[\s\S]*?Scoped allocation with size ([\d.]+)([KM])", str(error))
             if not refused or limit > 2**17:
                 raise
-            limit = int(float(refused[2]) * {"K": 1, "M": 1024}[refused[3]]) + 1
+            limit = int((float(refused[2]) + 0.01) * {"K": 1, "M": 1024}[refused[3]]) + 1  # the size is rounded
             found[refused[1]] = limit * 1024
 
 

@@ -393,8 +393,15 @@ class BlockDiffusion(Mask):
 
     def full(self, tile):
         half = tile.k_length // 2
-        clean = (tile.q_first >= half) & (tile.k_first >= half)
-        return clean & (_div(tile.k_last - half, self.block) <= _div(tile.q_first - half, self.block))
+        block = lambda index: _div(jnp.maximum(index, 0), self.block)
+        q_noisy, q_clean = tile.q_last < half, tile.q_first >= half
+        k_noisy, k_clean = tile.k_last < half, tile.k_first >= half
+        last_clean = block(tile.k_last - half)
+        q, k = (block(tile.q_first), block(tile.q_last)), (block(tile.k_first), block(tile.k_last))
+        own_noisy = q_noisy & k_noisy & (q[0] == q[1]) & (k[0] == k[1]) & (q[0] == k[0])
+        earlier = q_noisy & k_clean & (last_clean < q[0])
+        clean = q_clean & k_clean & (last_clean <= block(tile.q_first - half))
+        return own_noisy | earlier | clean
 
     def _halves(self, span, half):
         """(any noisy, first noisy block, last noisy block), (the same for clean) of a span of indices."""

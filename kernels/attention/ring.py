@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxrl.kernels.attention import blocked, masks
+from jaxrl.kernels.attention import blocked, masks, tpu
 from jaxrl.kernels.attention.checks import check_arrays, check_per_head, check_soft_cap
 from jaxrl.kernels.attention.reference import MASKED, with_sinks
 from jaxrl.kernels.varying import varying
@@ -72,6 +72,7 @@ class Settings(NamedTuple):
     soft_cap: float | None
     block_q: int | None
     block_k: int | None
+    pallas: bool
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -80,7 +81,7 @@ class _From(masks.Mask):
     """A mask over k_length keys, for those from k_offset on: key 0 of a tile is its key k_offset."""
 
     mask: masks.Mask
-    k_offset: jax.Array
+    k_offset: int | jax.Array
     k_length: int = dataclasses.field(metadata={"static": True})
 
     def _moved(self, tile):
@@ -110,6 +111,7 @@ def ring_attention(
     return_lse: bool = False,
     block_q: int | None = None,
     block_k: int | None = None,
+    implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """`attention` inside `jax.shard_map`, over a sequence that is spread over a mesh axis.
 
@@ -132,6 +134,8 @@ def ring_attention(
       scale, soft_cap, sinks: as in `attention`; scale and soft_cap are Python numbers.
       return_lse: also return the log-sum-exp.
       block_q, block_k: as in `blocked_attention`.
+      implementation: of what the queries see of one part: "xla", "pallas" (TPU kernels, interpreted on CPU), or None
+        for the one that `attention` would pick.
 
     Returns:
       o [B, T, H, Dv] in q's dtype; with return_lse, (o, lse [B, T, H] float32). No second derivatives.
@@ -148,7 +152,8 @@ def ring_attention(
             "pass check_vma=False to shard_map."
         )
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    settings = Settings(axis_name, n, 2 if zigzag else 1, scale, soft_cap, block_q, block_k)
+    pallas = _pallas(implementation, q, k, v, mask, scale, soft_cap)
+    settings = Settings(axis_name, n, 2 if zigzag else 1, scale, soft_cap, block_q, block_k, pallas)
     if 0 in (*q.shape, *k.shape):
         o, lse = jnp.zeros((*q.shape[:3], v.shape[-1]), q.dtype), jnp.full((q.shape[0], q.shape[2], q.shape[1]), MASKED)
     else:
@@ -156,6 +161,16 @@ def ring_attention(
         o, lse = both
     o, lse = with_sinks(o, jnp.swapaxes(lse, 1, 2), sinks)
     return (o, lse) if return_lse else o
+
+
+def _pallas(implementation, q, k, v, mask, scale, soft_cap) -> bool:
+    """Whether the TPU kernels do the work."""
+    if implementation not in (None, "xla", "pallas"):
+        raise ValueError(f'ring_attention: implementation={implementation!r}, expected None, "xla" or "pallas".')
+    reason = tpu.refusal(q, k, v, mask, scale, soft_cap, None)
+    if implementation == "pallas" and reason:
+        raise ValueError(f'ring_attention: implementation="pallas": {reason}.')
+    return implementation == "pallas" or (implementation is None and jax.default_backend() == "tpu" and not reason)
 
 
 def _size(axis_name) -> int:
@@ -193,16 +208,16 @@ def _forward(settings, q, k, v, mask):
     """o [B, T, H, Dv] in q's dtype and lse [B, H, T] in float32."""
     acc = jnp.promote_types(q.dtype, jnp.float32)
     b, t, h, _ = q.shape
-    qs = _runs(settings, q.astype(acc))
+    qs = _runs(settings, q if settings.pallas else q.astype(acc))
     o = jnp.zeros((*qs.shape[:-1], v.shape[-1]), acc)
     lse = jnp.full((settings.runs, b, h, t // settings.runs), MASKED, acc)
 
     def visit(step, kv, carry):
         ks, vs = (_runs(settings, x) for x in kv)
 
-        def attend(i, j, q_first, mask, carry):
+        def attend(i, j, at, carry):
             o, lse = carry
-            part_o, part_lse = _part(settings, qs[i], ks[j], vs[j], mask, q_first)
+            part_o, part_lse = _part(settings, qs[i], ks[j], vs[j], *at)
             total = jnp.logaddexp(lse[i], part_lse)
             merged = o[i] * _per_query(jnp.exp(lse[i] - total)) + part_o * _per_query(jnp.exp(part_lse - total))
             return o.at[i].set(merged), lse.at[i].set(total)
@@ -224,18 +239,19 @@ def _gradients(settings, residuals, cotangents):
     q, k, v, mask, o, lse = residuals
     do, dlse = cotangents
     acc, (t, s) = lse.dtype, (q.shape[1], k.shape[1])
-    qs, os, dos = (_runs(settings, x.astype(acc)) for x in (q, o, do))
+    qs = _runs(settings, q if settings.pallas else q.astype(acc))
+    os, dos = (_runs(settings, x.astype(acc)) for x in (o, do))
     lses, dlses = (jnp.swapaxes(_runs(settings, jnp.swapaxes(x, 1, 2)), 2, 3) for x in (lse, dlse))
 
     def visit(step, kv, carry):
         dq, dkv = carry
         dkv = _rotate(settings, dkv)  # catches up with the keys that have come
-        ks, vs = (_runs(settings, x).astype(acc) for x in kv)
+        ks, vs = (_runs(settings, x if settings.pallas else x.astype(acc)) for x in kv)
 
-        def attend(i, j, q_first, mask, carry):
+        def attend(i, j, at, carry):
             dq, (dk, dv) = carry
             results, cotangents = (os[i], lses[i]), (dos[i], dlses[i])
-            more_q, more_k, more_v = _part_gradients(settings, qs[i], ks[j], vs[j], mask, q_first, results, cotangents)
+            more_q, more_k, more_v = _part_gradients(settings, (qs[i], ks[j], vs[j], *results), cotangents, *at)
             return dq.at[i].add(more_q), (dk.at[j].add(more_k), dv.at[j].add(more_v))
 
         return _over_live(settings, mask, step, t, s, attend, (dq, dkv))
@@ -264,15 +280,25 @@ def _tiled(settings, q, k) -> blocked.Settings:
     return blocked.Settings(settings.scale, settings.soft_cap, block_q, block_k)
 
 
-def _part(settings, q, k, v, mask, q_first):
+def _part(settings, q, k, v, mask, q_first, keys: tpu.Part):
     """o and lse of some queries over some keys."""
-    return blocked._forward(_tiled(settings, q, k), q, k, v, None, None, mask, q_first)[0]
+    if settings.pallas:
+        return tpu.part_outputs(q, k, v, mask=mask, q_offset=q_first, part=keys, **_options(settings))
+    return blocked._forward(_tiled(settings, q, k), q, k, v, None, None, _From(mask, *keys), q_first)[0]
 
 
-def _part_gradients(settings, q, k, v, mask, q_first, results, cotangents):
-    """What these keys add to dq, and dk and dv, from o and lse over all keys."""
-    residuals = blocked.Residuals(q, k, v, None, None, mask, q_first, *results)
+def _part_gradients(settings, arrays, cotangents, mask, q_first, keys: tpu.Part):
+    """What these keys add to dq, and dk and dv, from q, k, v and the o and lse over all keys."""
+    if settings.pallas:
+        where: Any = {"mask": mask, "q_offset": q_first, "part": keys}
+        return tpu.part_gradients(*arrays, *cotangents, **where, **_options(settings))
+    q, k, v, o, lse = arrays
+    residuals = blocked.Residuals(q, k, v, None, None, _From(mask, *keys), q_first, o, lse)
     return blocked._gradients(_tiled(settings, q, k), residuals, cotangents)[:3]
+
+
+def _options(settings):
+    return {"scale": settings.scale, "soft_cap": settings.soft_cap}
 
 
 def _rotate(settings, x):
@@ -297,8 +323,8 @@ def _around(settings, kv, visit: Callable, carry):
 
 
 def _over_live(settings, mask, step, t, s, work: Callable, carry):
-    """work(i, j, q_first, mask, carry) -> carry on every pair of a run of queries and a run of the keys held at `step`
-    in which the mask may allow something. Query 0 of the run stands at q_first of the mask; keys count from 0."""
+    """work(i, j, (mask, q_first, keys), carry) -> carry on every pair of a run of queries and a run of the keys held at
+    `step` in which the mask may allow something. Query 0 of the run stands at q_first of the mask."""
     device = lax.axis_index(settings.axis_name)
     source = lax.rem(device - step + settings.n, settings.n)
     q_firsts, k_firsts = _firsts(settings, device, t), _firsts(settings, source, s)
@@ -306,9 +332,9 @@ def _over_live(settings, mask, step, t, s, work: Callable, carry):
     def one(carry, pair):
         i, j = pair
         rectangle = masks.Tile(q_firsts[i], t // settings.runs, k_firsts[j], s // settings.runs, settings.n * s)
-        here = _From(mask, k_firsts[j], settings.n * s)
+        at = mask, q_firsts[i], tpu.Part(k_firsts[j], settings.n * s)
         live = jnp.asarray(mask.live(rectangle), bool)
-        return lax.cond(live, lambda carry: work(i, j, q_firsts[i], here, carry), lambda carry: carry, carry), None
+        return lax.cond(live, lambda carry: work(i, j, at, carry), lambda carry: carry, carry), None
 
     i, j = jnp.divmod(jnp.arange(settings.runs**2, dtype=jnp.int32), settings.runs)
     return lax.scan(one, carry, (i, j))[0]

@@ -61,7 +61,15 @@ def tile_list(kinds: jax.Array) -> Tiles:
     return Tiles(entries, jnp.max(count))
 
 
-def tile_kinds(mask: masks.Mask, shape: tuple[int, int, int], blocks: tuple[int, int], q_offset) -> jax.Array:
+def tile_kinds(
+    mask: masks.Mask,
+    shape: tuple[int, int, int],
+    blocks: tuple[int, int],
+    q_offset,
+    *,
+    k_offset=0,
+    k_length: int | None = None,
+) -> jax.Array:
     """What the mask says of each tile: 0, LIVE or LIVE + FULL, int32 [B|1, query blocks, key blocks].
 
     Args:
@@ -69,13 +77,14 @@ def tile_kinds(mask: masks.Mask, shape: tuple[int, int, int], blocks: tuple[int,
       shape: (B, T, S).
       blocks: sides of a tile, (queries, keys); the last tiles may overhang.
       q_offset: as in `attention`.
+      k_offset, k_length: where the S keys stand in a mask of how many; default all of them.
     """
     batch, t, s = shape
     bq, bk = blocks
     alike = all(leaf.shape[0] == 1 for leaf in jax.tree.leaves(mask))
 
     def kind(row, i, j):
-        tile = masks.Tile(q_offset + i * bq, bq, j * bk, bk, s, row)
+        tile = masks.Tile(q_offset + i * bq, bq, k_offset + j * bk, bk, s if k_length is None else k_length, row)
         live, full = (jnp.asarray(f(tile), jnp.int32) for f in (mask.live, mask.full))
         return live * (LIVE + FULL * full)
 

@@ -101,17 +101,83 @@ def pallas_attention(
     reason = refusal(q, k, v, mask, scale, soft_cap, bias)
     if reason:
         raise ValueError(f'attention: implementation="pallas": {reason}.')
+    options = {"scale": scale, "soft_cap": soft_cap, "alibi": alibi, "dropout": dropout}
+    prepared = _prepare(q, k, v, mask, q_offset, **options, blocks=blocks, fused=fused, interpret=interpret)
+    both: Any = _attention(*prepared)
+    t = q.shape[1]
+    o, lse = both
+    o, lse = with_sinks(jnp.swapaxes(o[:, :, :t], 1, 2), jnp.swapaxes(lse[:, :, 0, :t], 1, 2), sinks)
+    return o, jnp.swapaxes(lse, 1, 2)
+
+
+class Part(NamedTuple):
+    """Which part of a sequence of `k_length` keys the keys of a call are."""
+
+    k_offset: int | jax.Array
+    k_length: int
+
+
+def part_outputs(q, k, v, *, mask, q_offset, part: Part, **options) -> tuple[jax.Array, jax.Array]:
+    """o [B, T, H, Dv] and lse [B, H, T] over some of the keys, both float32; options as of `pallas_attention`."""
+    t = q.shape[1]
+    o, lse = _outputs(*_prepare(q, k, v, mask, q_offset, part=part, dtype=jnp.float32, **options))
+    return jnp.swapaxes(o[:, :, :t], 1, 2), lse[:, :, 0, :t]
+
+
+def part_gradients(q, k, v, o, lse, do, dlse, *, mask, q_offset, part: Part, **options):
+    """What some of the keys add to dq, and their dk and dv, float32; o and lse are those over all keys."""
+    t, s = q.shape[1], k.shape[1]
+    prepared = _prepare(q, k, v, mask, q_offset, part=part, dtype=jnp.float32, **options)
+    settings = prepared.static.settings
+    o, do = (_heads_first(x, settings.block_q) for x in (o, do.astype(q.dtype)))
+    pad = ((0, 0), (0, 0), (0, 0), (0, -t % settings.block_q))
+    lse, dlse = (jnp.pad(x[:, :, None], pad) for x in (lse, dlse))
+    dq, dk, dv = _gradients(prepared.static, (*prepared[1:], o, lse), (do, dlse))
+    dq, dk, dv = (jnp.swapaxes(x, 1, 2) for x in (dq, dk, dv))
+    return dq[:, :t] * settings.query_factor, dk[:, :s], dv[:, :s]
+
+
+class Static(NamedTuple):
+    """What the derivative rules carry along."""
+
+    settings: Settings
+    fused: bool
+    vmem: int
+    interpret: Any
+    dtype: Any  # of all results; None for those of the inputs
+
+
+class Prepared(NamedTuple):
+    """The arguments of the kernels."""
+
+    static: Static
+    q: jax.Array  # [B, H, T, D], scaled, of whole blocks
+    k: jax.Array
+    v: jax.Array
+    leaves: list[jax.Array]
+    kinds: jax.Array
+    numbers: jax.Array
+    slopes: jax.Array
+
+
+def _prepare(
+    q, k, v, mask, q_offset, *, scale, soft_cap=None, alibi=None, dropout=None, blocks=None, fused=None,
+    interpret=True, part=None, dtype=None,
+) -> Prepared:  # fmt: skip
     t, s, heads = q.shape[1], k.shape[1], k.shape[2]
+    part = part or Part(0, s)
     generation, vmem = _tpu()
     blocks = _fitted(blocks or blocks_of(generation, q.dtype.itemsize), t, s)
     unmasked = isinstance(mask, masks.Full) and s % blocks.k == 0
-    mask = masks.with_explicit_keys(mask if s % blocks.k == 0 else masks.Exists() & mask)
+    if s % blocks.k:  # the last block overhangs
+        mask = mask & masks.Prefix(jnp.full(q.shape[0], part.k_offset + s, jnp.int32))
+    mask = masks.with_explicit_keys(mask)
     settings = Settings(
         scale=scale,
         soft_cap=soft_cap,
         alibi=alibi is not None,
         dropout=0.0 if dropout is None else dropout.rate,
-        s=s,
+        k_length=part.k_length,
         group=q.shape[2] // heads,
         block_q=blocks.q,
         block_k=blocks.k,
@@ -124,29 +190,18 @@ def pallas_attention(
     )
     qh = _heads_first((q.astype(jnp.float32) * settings.query_factor).astype(q.dtype), blocks.q)
     kh, vh = _heads_first(k, blocks.k), _heads_first(v, blocks.k)
-    leaves = _operands(settings, mask, q.shape[0], q_offset, qh.shape[2], kh.shape[2])
-    kinds = tiles.tile_kinds(mask, (q.shape[0], t, s), (blocks.q, blocks.k), q_offset)
-    numbers = jnp.zeros(3, jnp.int32).at[0].set(q_offset)
+    whole = masks.Tile(q_offset, qh.shape[2], part.k_offset, kh.shape[2], part.k_length)
+    leaves = _operands(settings, mask, q.shape[0], whole)
+    kinds = tiles.tile_kinds(mask, (q.shape[0], t, s), (blocks.q, blocks.k), q_offset, **part._asdict())
+    numbers = jnp.zeros(4, jnp.int32).at[0].set(q_offset).at[1].set(part.k_offset)
     if dropout is not None:
-        numbers = numbers.at[1:].set(lax.bitcast_convert_type(dropout.seed, jnp.int32))
+        numbers = numbers.at[2:].set(lax.bitcast_convert_type(dropout.seed, jnp.int32))
     slopes = jnp.zeros(1) if alibi is None else alibi.astype(jnp.float32)
     dq_bytes = settings.group * qh.shape[2] * qh.shape[3] * (4 + 2 * q.dtype.itemsize)
     if fused is None:
         fused = dq_bytes <= vmem // 2
-    static = Static(settings, fused, vmem, interpret)
-    both: Any = _attention(static, qh, kh, vh, leaves, kinds, numbers, slopes)
-    o, lse = both
-    o, lse = with_sinks(jnp.swapaxes(o[:, :, :t], 1, 2), jnp.swapaxes(lse[:, :, 0, :t], 1, 2), sinks)
-    return o, jnp.swapaxes(lse, 1, 2)
-
-
-class Static(NamedTuple):
-    """What the derivative rules carry along."""
-
-    settings: Settings
-    fused: bool
-    vmem: int
-    interpret: Any
+    static = Static(settings, fused, vmem, interpret, dtype)
+    return Prepared(static, qh, kh, vh, leaves, kinds, numbers, slopes)
 
 
 def _tpu() -> tuple[str | None, int]:
@@ -184,9 +239,8 @@ def _heads_first(x: jax.Array, block: int) -> jax.Array:
     return jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, -x.shape[1] % block), (0, 0)))
 
 
-def _operands(settings: Settings, mask: masks.Mask, batch: int, q_offset, t: int, s: int) -> list[jax.Array]:
-    """The mask's leaves as int32 [B, 1, t] along queries, [B, s, 1] along keys, or [B]."""
-    whole = masks.Tile(q_offset, t, 0, s, settings.s)
+def _operands(settings: Settings, mask: masks.Mask, batch: int, whole: masks.Tile) -> list[jax.Array]:
+    """The mask's leaves as int32 [B, 1, queries], [B, keys, 1] or [B], cut to the whole call."""
     cut = {
         "q": lambda x: whole.of_query(x)[:, :, :, 0],
         "k": lambda x: jnp.swapaxes(whole.of_key(x)[:, 0], 1, 2),
@@ -312,7 +366,7 @@ def _outputs(static, q, k, v, leaves, kinds, numbers, slopes):
         slopes,
         leaves,
         [(q, "q"), (k, "k"), (v, "k")],
-        [((b, h, t, dv), q.dtype, "q"), ((b, h, 1, t), jnp.float32, "row")],
+        [((b, h, t, dv), static.dtype or q.dtype, "q"), ((b, h, 1, t), jnp.float32, "row")],
         [(1, bq), (1, bq), (dv, bq)],
         by_keys=False,
     )
@@ -334,16 +388,17 @@ def _gradients(static, residuals, cotangents):
     call = functools.partial(
         _call, static=static, kinds=kinds, numbers=numbers, slopes=slopes, leaves=leaves, inputs=inputs
     )
-    outputs = [(k.shape, k.dtype, "k"), (v.shape, v.dtype, "k")]
+    q_type, k_type, v_type = (static.dtype or x.dtype for x in (q, k, v))
+    outputs = [(k.shape, k_type, "k"), (v.shape, v_type, "k")]
     scratch: list[tuple[int, ...]] = [(bk, d), (bk, v.shape[3])]
     dq_shape = (d, bq) if settings.dq_across else (bq, d)
     if static.fused:
-        outputs.append((q.shape, q.dtype, "group"))
+        outputs.append((q.shape, q_type, "group"))
         scratch.append((settings.group, q.shape[2] // bq, *dq_shape))
         dk, dv, dq = call(tpu_kernels.dk_dv, "attention_backward", outputs=outputs, scratch=scratch, by_keys=True)
         return dq, dk, dv
     (dq,) = call(
-        tpu_kernels.dq_only, "attention_dq", outputs=[(q.shape, q.dtype, "q")], scratch=[dq_shape], by_keys=False
+        tpu_kernels.dq_only, "attention_dq", outputs=[(q.shape, q_type, "q")], scratch=[dq_shape], by_keys=False
     )
     dk, dv = call(tpu_kernels.dk_dv, "attention_dkv", outputs=outputs, scratch=scratch, by_keys=True)
     return dq, dk, dv

@@ -40,7 +40,7 @@ class Settings(NamedTuple):
     soft_cap: float | None
     alibi: bool
     dropout: float  # rate
-    s: int  # keys, without padding
+    k_length: int  # keys of the whole mask
     group: int  # query heads of one key head
     block_q: int
     block_k: int
@@ -66,7 +66,7 @@ class Scalars(NamedTuple):
     """What lies in scalar memory."""
 
     entries: Any  # int32 [B|1, n], see `tiles.Tiles`
-    numbers: Any  # int32 [3]: row of the mask at which query 0 stands, seed of the dropout
+    numbers: Any  # int32 [4]: where query 0 and key 0 stand in the mask, seed of the dropout
     slopes: Any  # float32 [H]
     rows: Any  # the mask's int32 [B]
 
@@ -142,7 +142,8 @@ def _each_piece(settings: Settings, pieces: Pieces, entry, begin, finish):
 def _logits(product, masked, queries, keys, mask_refs, settings: Settings, scalars: Scalars, place: Place):
     """Base-2 logits [keys, queries], the slope of the soft cap, and what dropout multiplies the weights with."""
     q_first = scalars.numbers[0] + place.i * settings.block_q + queries.start
-    tile = KernelTile(q_first, place.j * settings.block_k + keys.start, queries.size, keys.size, settings.s)
+    k_first = scalars.numbers[1] + place.j * settings.block_k + keys.start
+    tile = KernelTile(q_first, k_first, queries.size, keys.size, settings.k_length)
     logits, slope, kept = product, None, None
     if settings.soft_cap is not None:
         bent = jnp.tanh(logits)
@@ -156,7 +157,7 @@ def _logits(product, masked, queries, keys, mask_refs, settings: Settings, scala
         allowed = jax.tree.unflatten(settings.structure, leaves).allowed(tile)
         logits = jnp.where(allowed, logits, MASKED)
     if settings.dropout:
-        seed = [lax.convert_element_type(scalars.numbers[n], jnp.uint32) for n in (1, 2)]
+        seed = [lax.convert_element_type(scalars.numbers[n], jnp.uint32) for n in (2, 3)]
         kept = keep_factor(settings.dropout, seed, place.row, place.head, tile.q, tile.k)
     return logits, slope, kept
 

@@ -140,7 +140,7 @@ def test_how_many_tiles_need_no_mask():
     assert count(Chunked(32)) == count(Segments(ids)) == 4 * 4
     assert count(Causal() & Segments(ids)) == count(Tree(32 * (ids + 1))) == 4
     assert count(Causal() | Prefix(jnp.array([20]))) == n * (n - 1) // 2 + 1
-    assert count(BlockDiffusion(16)) == 4 + 3 + 2 + 1
+    assert count(BlockDiffusion(16)) == 4 + (3 + 2 + 1) + (4 + 3 + 2 + 1)  # own noisy, earlier clean, clean
     assert count(Dense(jnp.ones((1, 1, 128, 128), bool))) == n * n
 
 

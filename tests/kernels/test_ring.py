@@ -184,10 +184,10 @@ def value_and_vjp(f, arrays, mask, do, dlse):
     return *out, vjp((do.astype(out[0].dtype), dlse))[0]
 
 
-def run(name, mesh, order):
+def run(name, mesh, order, **options):
     call = CALLS[name]
     arrays, do, dlse = inputs(name)
-    ring = over(mesh, order=order, scale=call.scale, soft_cap=call.soft_cap)
+    ring = over(mesh, order=order, scale=call.scale, soft_cap=call.soft_cap, **options)
     return value_and_vjp(ring, arrays, call.mask, do, dlse)
 
 
@@ -203,7 +203,15 @@ def run(name, mesh, order):
     ],
 )
 def test_equals_attention_on_one_device(name, n, data, heads, order):
-    o, lse, grads = run(name, ring_mesh(n, data, heads), order)
+    check(name, *run(name, ring_mesh(n, data, heads), order))
+
+
+@pytest.mark.parametrize(("name", "n", "order"), [("prefix", 2, True), ("cross", 4, False)])
+def test_the_tpu_kernels_see_the_same_mask(name, n, order):
+    check(name, *run(name, ring_mesh(n), order, implementation="pallas"))
+
+
+def check(name, o, lse, grads):
     want_o, want_lse, want = expected(name)
     np.testing.assert_allclose(o, want_o, rtol=1e-5, atol=2e-6)
     np.testing.assert_allclose(lse, want_lse, rtol=1e-5, atol=2e-6)
@@ -436,14 +444,15 @@ def test_outside_of_shard_map():
 
 
 @pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
-def test_compiles_for_tpus():
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_compiles_for_tpus(implementation):
     mesh = aot.tpu_mesh("v5e", (4,), ("ring",))
     part = P(None, "ring")
-    f = functools.partial(ring_attention, axis_name="ring", zigzag=True)
+    f = functools.partial(ring_attention, axis_name="ring", zigzag=True, implementation=implementation)
     f = jax.shard_map(f, mesh=mesh, in_specs=(part,) * 3, out_specs=part, check_vma=False)
     sharding = NamedSharding(mesh, part)
     q, k = (jax.ShapeDtypeStruct((1, 2048, h, 128), jnp.bfloat16, sharding=sharding) for h in (2, 1))
-    moved = re.findall(
-        COLLECTIVE.replace(r"(\S+)", r"\((\w+\[[\d,]*\]).*?"), aot.compile_for(mesh, f, q, k, k).as_text()
-    )
+    text = aot.compile_for(mesh, f, q, k, k).as_text()
+    assert ("attention_forward" in text) == (implementation == "pallas")
+    moved = re.findall(COLLECTIVE.replace(r"(\S+)", r"\((\w+\[[\d,]*\]).*?"), text)
     assert moved == [("bf16[1,512,1,128]", "collective-permute")] * 2
