@@ -217,6 +217,16 @@ def film(argv: Sequence[str]) -> None:
     print(training.make_film(options.run, path, member=options.member, seed=options.seed, steps=options.steps))
 
 
+def bench(subject: str, argv: Sequence[str]) -> None:
+    """`jaxrl bench SUBJECT`."""
+    from jaxrl.bench.options import OPTIONS
+
+    options = config.parse(OPTIONS[subject], argv, prog=f"jaxrl bench {subject}")
+    from jaxrl.bench import command
+
+    command.run(subject, options)
+
+
 def list_envs(argv: Sequence[str]) -> None:
     """`jaxrl envs`."""
     config.parse(Envs, argv, prog="jaxrl envs")
@@ -297,6 +307,15 @@ AGENTS = {
 }
 """The agents of `jaxrl.agents.catalogue`, repeated here so that help does not wait for JAX."""
 
+BENCHES = {
+    "attention": "attention beside jax.nn and others",
+    "log-probs": "log-probabilities of tokens, beside all logits at once",
+    "decode": "one token over a dense or paged cache",
+    "linear-attention": "linear attention beside softmax attention",
+    "grouped-matmul": "expert layers: grouped products, all experts, 8 bits",
+}
+"""The subjects of `jaxrl.bench.options`."""
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "demo": (demo, "post-train a small model with GRPO, from nothing, in minutes"),
     "train grpo": (train_grpo, "GRPO and its family on prompts with verifiable answers"),
@@ -307,10 +326,16 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "generate": (generate, "sample completions from a run's model"),
     "chat": (chat, "talk to a run's model"),
     "film": (film, "an episode of an agent as GIF or PNG"),
+    **{
+        f"bench {name}": (functools.partial(bench, name), f"time and memory of {text}")
+        for name, text in BENCHES.items()
+    },
     "envs": (list_envs, "the environments"),
     "data show": (data_show, "one tokenised example with its loss mask"),
     "env": (env, "versions and devices, for bug reports"),
 }
+
+GROUPS = {name.split()[0] for name in COMMANDS if " " in name}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -324,10 +349,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     names = [name for name in COMMANDS if name.split() == argv[: len(name.split())]]
     if not names:
-        given = " ".join(argv[: 2 if argv[0] in ("train", "data") else 1])
+        given = " ".join(argv[: 2 if argv[0] in GROUPS else 1])
         near = difflib.get_close_matches(given, COMMANDS, n=1)
         hint = f"did you mean 'jaxrl {near[0]}'?" if near else "see 'jaxrl --help'"
-        if argv[0] in ("train", "data") and len(argv) == 1 or argv[1:2] in (["-h"], ["--help"]):
+        if argv[0] in GROUPS and len(argv) == 1 or argv[1:2] in (["-h"], ["--help"]):
             print(_usage())
             return 0 if len(argv) > 1 else 2
         print(f"jaxrl: no command {given!r}; {hint}", file=sys.stderr)
