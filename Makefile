@@ -1,8 +1,10 @@
 # Four commands: make demo, make test, make test-slow, make format. Set-up runs only when pyproject.toml or
-# constraints.txt changed. Another interpreter: make test PYTHON=python3.12
+# constraints.txt changed. Another interpreter: make test PYTHON=python3.12. With the compilers of TPUs and GPUs, whose
+# tests are skipped otherwise (800 MB): make test EXTRAS=test,aot
 
 PYTHON ?= python3
 VENV ?= .venv
+EXTRAS ?= test
 BIN := $(VENV)/bin
 
 .PHONY: help demo test test-slow format clean
@@ -45,5 +47,5 @@ $(VENV)/.installed-demo: $(BIN)/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.installed-test: $(BIN)/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@ $(VENV)/.installed-demo

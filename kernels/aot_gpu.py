@@ -51,11 +51,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 SHARED_PER_BLOCK, SHARED_PER_CORE = 232448, 233472  # bytes on Hopper
 REGISTERS_PER_CORE, THREADS_PER_CORE = 65536, 2048
-PACKAGES = {  # what is imported: what is installed
-    "jax_plugins.xla_cuda13": "jax-cuda13-pjrt",
-    "jax_cuda13_plugin": "jax-cuda13-plugin",
-    "nvidia.cu13": "nvidia-cuda-nvcc nvidia-nvvm",
-}
+MODULES = ("jax_plugins.xla_cuda13", "jax_cuda13_plugin", "nvidia.cu13")
 
 
 class Kernel(NamedTuple):
@@ -81,10 +77,9 @@ class Kernel(NamedTuple):
 
 def missing() -> str | None:
     """Why nothing can be compiled here, or None if it can."""
-    absent = [packages for module, packages in PACKAGES.items() if _path(module) is None]
-    if not absent:
+    if all(_path(module) for module in MODULES):
         return None
-    return f"NVIDIA's compiler is missing: pip install --no-deps {' '.join(absent)}"
+    return "NVIDIA's compiler is missing: pip install 'jaxrl[aot]'"
 
 
 def _path(module: str) -> Path | None:
