@@ -12,7 +12,8 @@ def attention(
 
     q [B, T, H, D], k [B, S, K, D], v [B, S, K, Dv], allowed bool [B, H, T, S], cotangents do [B, T, H, Dv]
     and dlse [B, T, H]; alibi [H] takes alibi |q_offset + i - k| off the logit of query i and key k, and kept
-    [B, H, T, S] multiplies the weights after the softmax. Returns o, lse and a dict of the gradients of sum(o * do) + sum(lse * dlse).
+    [B, H, T, S] multiplies the weights after the softmax. Returns o, lse and a dict of the gradients of
+    sum(o * do) + sum(lse * dlse).
     """
     q, k, v, do, dlse = (np.asarray(x, np.float64) for x in (q, k, v, do, dlse))
     b, t, h, _ = q.shape
