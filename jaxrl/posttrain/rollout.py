@@ -278,10 +278,11 @@ def completion_log_probs(
         positions=jnp.maximum(columns - padding, 0),
         mask=Causal() & Segments(segments),
     )
-    return token_log_probs(
+    log_probs, entropy = token_log_probs(
         hidden[:, width - 1 :],
         model.unembedding(params),
         rollout.completions,
         temperature=temperature,
         chunk=chunk,
     )
+    return log_probs, entropy
