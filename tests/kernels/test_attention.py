@@ -197,20 +197,23 @@ def test_agrees_with_jax(name):
             np.testing.assert_allclose(grads[key], value, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_bfloat16_errs_no_more_than_twice_plain_bfloat16(implementation):
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [(name, jnp.bfloat16) for name in IMPLEMENTATIONS] + [(name, jnp.float16) for name in ("reference", "xla")],
+)
+def test_half_precision_errs_no_more_than_twice_plain_half_precision(implementation, dtype):
     case = CASES["causal"]._replace(dv=8)
     arrays, do, dlse = inputs(case)
-    low = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), arrays)
+    low = jax.tree.map(lambda x: jnp.asarray(x, dtype), arrays)
     exact = jax.tree.map(lambda x: np.asarray(x, np.float32), low)
     allowed = oracle.dense(case.predicate, case.b, case.h, case.t, case.s)
-    do = np.asarray(jnp.asarray(do, jnp.bfloat16), np.float32)
+    do = np.asarray(jnp.asarray(do, dtype), np.float32)
     want_o, _, want = oracle.attention(**exact, allowed=allowed, do=do, dlse=0 * dlse, scale=case.d**-0.5)
 
     def plain(q, k, v):
         q, k, v = q, jnp.repeat(k, 2, 2), jnp.repeat(v, 2, 2)
-        logits = jnp.einsum("bthd,bshd->bhts", q, k) * jnp.bfloat16(case.d**-0.5)
-        weights = jax.nn.softmax(jnp.where(jnp.tri(130, dtype=bool)[None, None], logits, -1e9), axis=-1)
+        logits = jnp.einsum("bthd,bshd->bhts", q, k) * dtype(case.d**-0.5)
+        weights = jax.nn.softmax(jnp.where(jnp.tri(130, dtype=bool)[None, None], logits, -1e4), axis=-1)
         return jnp.einsum("bhts,bshd->bthd", weights, v)
 
     @functools.partial(jax.jit, compiler_options=QUICK)
@@ -218,10 +221,10 @@ def test_bfloat16_errs_no_more_than_twice_plain_bfloat16(implementation):
         out, vjp = jax.vjp(plain, *(arrays[key] for key in "qkv"))
         return out, dict(zip("qkv", vjp(do), strict=True))
 
-    plain_o, plain_grads = plain_value_and_vjp(low, jnp.asarray(do, jnp.bfloat16))
+    plain_o, plain_grads = plain_value_and_vjp(low, jnp.asarray(do, dtype))
     o, _, grads = value_and_vjp(IMPLEMENTATIONS[implementation], case, low, jnp.asarray(do), 0 * dlse)
     error = lambda a, b: np.abs(np.asarray(a, np.float64) - b).max()  # noqa: E731
-    assert o.dtype == jnp.bfloat16 and grads["q"].dtype == jnp.bfloat16
+    assert o.dtype == dtype and grads["q"].dtype == dtype
     assert 0 < error(o, want_o) <= 2 * error(plain_o, want_o)
     for key in "qkv":
         assert 0 < error(grads[key], want[key]) <= 2 * error(plain_grads[key], want[key])
