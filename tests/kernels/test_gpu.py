@@ -354,5 +354,5 @@ def test_what_the_assembler_says(tmp_path):
 
 def test_the_absent_compiler_is_named(monkeypatch):
     monkeypatch.setattr(aot_gpu, "_path", lambda module: None)
-    with pytest.raises(ImportError, match="pip install --no-deps jax-cuda13-pjrt jax-cuda13-plugin nvidia-cuda-nvcc"):
+    with pytest.raises(ImportError, match="pip install 'jaxrl\\[aot\\]'"):
         aot_gpu.gpu_mesh()
