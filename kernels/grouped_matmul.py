@@ -194,6 +194,7 @@ def _dot(a, b, contracted_a: int, contracted_b: int):
 
 
 def accumulator(dtype):
+    """The dtype in which products of `dtype` are summed."""
     if jnp.issubdtype(dtype, jnp.integer):
         return jnp.dtype(jnp.int32)
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
