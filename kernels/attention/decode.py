@@ -246,8 +246,8 @@ def _refusal(q, k, v) -> str | None:
     """Why the kernel cannot serve a call, or None if it can."""
     if jax.default_backend() not in ("tpu", "cpu"):
         return f"the Pallas kernel is for TPU (interpreted on CPU), not {jax.default_backend()}"
-    if {q.dtype, k.dtype, v.dtype} - {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
-        return f"the Pallas kernel takes float32 and bfloat16, not {q.dtype}, {k.dtype}, {v.dtype}"
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"the Pallas kernel takes float32 or bfloat16, not {q.dtype}, {k.dtype}, {v.dtype}"
     return None
 
 

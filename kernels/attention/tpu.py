@@ -54,8 +54,8 @@ def refusal(q, k, v, mask, scale, soft_cap, bias) -> str | None:
         return f"the Pallas kernel takes no bias (but alibi); {other}"
     if not (isinstance(scale, int | float) and isinstance(soft_cap, int | float | None)):
         return 'the Pallas kernel needs scale and soft_cap as Python numbers; use implementation="reference"'
-    if {q.dtype, k.dtype, v.dtype} - {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
-        return f"the Pallas kernel takes float32 and bfloat16, not {q.dtype}, {k.dtype}, {v.dtype}; {other}"
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"the Pallas kernel takes float32 or bfloat16, not {q.dtype}, {k.dtype}, {v.dtype}; {other}"
     for path, _ in tree_leaves_with_path(mask):
         if path[-1].name not in masks.AXIS_OF_FIELD:
             name = path[-1].name
@@ -86,7 +86,7 @@ def pallas_attention(
     precision, where the formula scales the product.
 
     Args:
-      q: [B, T, H, D]. k: [B, S, K, D]. v: [B, S, K, Dv]. float32 or bfloat16.
+      q: [B, T, H, D]. k: [B, S, K, D]. v: [B, S, K, Dv]. All float32 or all bfloat16.
       mask, q_offset, scale, soft_cap, alibi, sinks, dropout: as in `dense_attention`. bias: must be None.
       blocks: sides of the tiles; default by shape and kind of TPU.
       fused: whether the backward pass is one kernel; default: where dq of a group of heads fits into VMEM.

@@ -263,7 +263,7 @@ ONES = jnp.ones(2, jnp.int32)
         ({"scale": jnp.float32(1.0)}, "scale is .*, expected a Python number"),
         ({"soft_cap": -1.0}, "soft_cap = -1.0, expected a positive number"),
         ({"implementation": "cuda"}, "implementation='cuda', expected None"),
-        ({"implementation": "pallas", "q": Q.astype(jnp.float16)}, "takes float32 and bfloat16, not float16"),
+        ({"implementation": "pallas", "q": Q.astype(jnp.float16)}, "takes float32 or bfloat16, not float16"),
     ],
 )
 def test_bad_input(change, message):
