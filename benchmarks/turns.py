@@ -40,3 +40,10 @@ def about(**more) -> dict:
         "load_after": os.getloadavg() if hasattr(os, "getloadavg") else None,
         **more,
     }
+
+
+def write(out: Path, about: dict, results: list[dict], table: str) -> None:
+    """`out`.json and `out`.md, and the table on the terminal."""
+    out.with_suffix(".json").write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
+    out.with_suffix(".md").write_text(table + "\n")
+    print(table)

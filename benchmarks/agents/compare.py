@@ -69,9 +69,7 @@ def main():
                 print(json.dumps(row), flush=True)
         results += [summary(rows) for rows in runs.values()]
     about = turns.about(rounds=options.rounds, environment=turns.ONE_THREAD, cores=len(turns.cores()) or None)
-    options.out.with_suffix(".json").write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
-    options.out.with_suffix(".md").write_text(table(results) + "\n")
-    print(table(results))
+    turns.write(options.out, about, results, table(results))
 
 
 if __name__ == "__main__":

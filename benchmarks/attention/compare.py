@@ -63,9 +63,7 @@ def main():
                 rows.append(measured[0] | middle | {"cpu_min_ms": min(row["cpu_min_ms"] for row in measured)})
                 print(json.dumps(rows[-1]), flush=True)
     about = turns.about(rounds=options.rounds, environment=turns.ONE_THREAD, cores=len(turns.cores()) or None)
-    options.out.with_suffix(".json").write_text(json.dumps({"about": about, "results": rows}, indent=1) + "\n")
-    options.out.with_suffix(".md").write_text(table(rows) + "\n")
-    print(table(rows))
+    turns.write(options.out, about, rows, table(rows))
 
 
 if __name__ == "__main__":

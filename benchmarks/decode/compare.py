@@ -42,9 +42,7 @@ def main():
         rows.append(turns.measure(command, environment=turns.ONE_THREAD, cores=turns.cores()))
         print(json.dumps(rows[-1]), flush=True)
     about = turns.about(environment=turns.ONE_THREAD, cores=len(turns.cores()) or None)
-    options.out.with_suffix(".json").write_text(json.dumps({"about": about, "results": rows}, indent=1) + "\n")
-    options.out.with_suffix(".md").write_text(table(rows) + "\n")
-    print(table(rows))
+    turns.write(options.out, about, rows, table(rows))
 
 
 if __name__ == "__main__":

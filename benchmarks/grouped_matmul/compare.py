@@ -43,9 +43,7 @@ def main():
             rows += measured
             print(*map(json.dumps, measured), sep="\n", flush=True)
     about = turns.about(rounds=options.rounds, environment=turns.ONE_THREAD, cores=len(turns.cores()) or None)
-    options.out.with_suffix(".json").write_text(json.dumps({"about": about, "results": rows}, indent=1) + "\n")
-    options.out.with_suffix(".md").write_text(table(rows) + "\n")
-    print(table(rows))
+    turns.write(options.out, about, rows, table(rows))
 
 
 if __name__ == "__main__":

@@ -67,9 +67,7 @@ def main():
                     print(json.dumps(runs[script][-1]), flush=True)
         results += [summary(rows) for rows in runs.values()]
     about = turns.about(rounds=options.rounds, steps=options.steps, environment=environment, cores=len(cores) or None)
-    options.out.with_suffix(".json").write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
-    options.out.with_suffix(".md").write_text(table(results) + "\n")
-    print(table(results))
+    turns.write(options.out, about, results, table(results))
 
 
 if __name__ == "__main__":
