@@ -131,7 +131,7 @@ class Masking(NamedTuple):
 
     def hide(self, x, b, kept, moving):
         """x with -inf where the mask forbids; `moving` is the tile's part of the vectors, in shared memory."""
-        moved = [plgpu.load(moving, (m,), layout=COLUMN) for m in range(moving.shape[0])]
+        moved = [_load(moving.at[m], COLUMN) for m in range(moving.shape[0])]
         (q, *q_leaves), (k, *k_leaves) = (moved, kept) if self.queries_across else (kept, moved)
         leaves = {"q": iter(q_leaves), "k": iter(k_leaves), "row": (ref[b] for ref in self.rows)}
         mask = jax.tree.unflatten(self.structure, [next(leaves[axis]) for axis in self.axes])
@@ -155,9 +155,14 @@ class Visit(NamedTuple):
         return carry
 
 
+def _load(ref, layout, **options):
+    unindexed = () if jax.__version_info__ >= (0, 11) else (None,)  # jax 0.10 asks for an index, 0.11 warns of it
+    return plgpu.load(ref, *unindexed, layout=layout, **options)
+
+
 def _row(ref, *index):
     """A vector of global memory as the rows of a tile."""
-    return plgpu.load(ref, index, layout=ROW, optimized=False)
+    return _load(ref.at[index], ROW, optimized=False)
 
 
 def _zeros(shape: tuple[int, ...], value: float = 0.0):
@@ -173,7 +178,7 @@ def _across(values, shape: tuple[int, int]):
 
 
 def _turned(ref):
-    return plgpu.transpose_ref(ref, (1, 0))
+    return ref.transpose((1, 0))
 
 
 def _anew(index):
@@ -393,14 +398,14 @@ def dkv(
             x, slope = bend(_product(k_tile.at[own], _turned(q_tiles.at[slot]), shape), settings)
             if masked:
                 x = masking.hide(x, b, kept, mask_tiles.at[slot])
-            lse = plgpu.load(stat_tiles.at[slot], (0,), layout=COLUMN)
+            lse = _load(stat_tiles.at[slot, 0], COLUMN)
             p, w = weights(x, slope, _across(lse, shape), settings)
             w, p = lax.optimization_barrier((w, p.astype(do.dtype)))
             sums, products = list(sums), [(p, do_tiles.at[slot])] if "v" in wanted else []
             if "k" in wanted:
                 products.append((v_tile.at[own], _turned(do_tiles.at[slot])))
                 *sums[1:], dp = _add_products((*sums[1:], _zeros(shape)), *products)
-                delta = plgpu.load(stat_tiles.at[slot], (1,), layout=COLUMN)
+                delta = _load(stat_tiles.at[slot, 1], COLUMN)
                 ds = (w * (dp - _across(delta, shape))).astype(q.dtype)
                 sums[:1] = _add_products(sums[:1], (ds, q_tiles.at[slot]))
             else:

@@ -373,10 +373,9 @@ class BlockDiffusion(Mask):
 
     def allowed(self, tile):
         half = tile.k_length // 2
-        q_clean, k_clean = tile.q >= half, tile.k >= half
-        q_block = _div(jnp.where(q_clean, tile.q - half, tile.q), self.block)
-        k_block = _div(jnp.where(k_clean, tile.k - half, tile.k), self.block)
-        own_noisy = ~q_clean & ~k_clean & (q_block == k_block)
+        (q_noisy, q_clean), (k_noisy, k_clean) = ((x < half, x >= half) for x in (tile.q, tile.k))
+        q_block, k_block = (_div(jnp.where(x < half, x, x - half), self.block) for x in (tile.q, tile.k))
+        own_noisy = q_noisy & k_noisy & (q_block == k_block)
         earlier = k_clean & (k_block < q_block)
         own_clean = q_clean & k_clean & (q_block == k_block)
         return own_noisy | earlier | own_clean
