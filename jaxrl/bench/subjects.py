@@ -50,8 +50,6 @@ def absent(form: str) -> str | None:
     platform = jax.default_backend()
     if ONLY.get(form, platform) != platform:
         return f"only on {ONLY[form]}"
-    if form == "mosaic_gpu":
-        return "not yet tried on a GPU; --implementations mosaic_gpu runs it"
     if form == "torch" and importlib.util.find_spec("torch") is None:
         return "torch is not installed"
     return None

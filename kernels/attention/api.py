@@ -7,13 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrl.kernels.attention import cudnn, masks
+from jaxrl.kernels.attention import cudnn, masks, tpu
 from jaxrl.kernels.attention.alibi import alibi_bias
 from jaxrl.kernels.attention.blocked import blocked_attention
 from jaxrl.kernels.attention.checks import check_arrays, check_per_head, check_soft_cap
 from jaxrl.kernels.attention.dropout import dropout_of, keep_factor
 from jaxrl.kernels.attention.reference import dense_attention
-from jaxrl.kernels.attention.tpu import pallas_attention, refusal
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas", "mosaic_gpu", "cudnn")
 DENSE_PAIRS = 128 * 128  # up to here the dense form is at least as fast as tiles on CPU, with gradients
@@ -65,8 +64,7 @@ def attention(
         their own.
       implementation: None picks the best one for platform and shape. "reference": dense, O(T S) memory.
         "xla": tiles and online softmax, O(T) memory forward and backward. "pallas": TPU kernel (interpreted
-        on CPU). "mosaic_gpu": kernel for Hopper GPUs (compiled for them, but never yet run on one: None does not pick
-        it). "cudnn": NVIDIA's own, through `jax.nn`.
+        on CPU). "mosaic_gpu": kernel for Hopper GPUs. "cudnn": NVIDIA's own, through `jax.nn`.
       return_lse: also return the log-sum-exp.
 
     Returns:
@@ -85,8 +83,8 @@ def attention(
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"attention: implementation={implementation!r}, expected None or {IMPLEMENTATIONS}.")
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
-    chosen = implementation or _choose(q, k, v, mask, scale, soft_cap, bias)
     dropped = dropout_of(dropout, dropout_key)
+    chosen = implementation or _choose(q, k, v, mask, scale, soft_cap, bias, alibi, dropped)
     alibi = None if alibi is None else jax.lax.stop_gradient(jnp.asarray(alibi, jnp.float32))
     options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap, "sinks": sinks}
     if chosen == "reference":
@@ -105,11 +103,11 @@ def attention(
 
 
 def _tiled(name: str):
-    if name == "mosaic_gpu":  # imported where it is wanted: its back end is large
-        from jaxrl.kernels.attention.gpu import mosaic_gpu_attention
+    if name == "mosaic_gpu":
+        from jaxrl.kernels.attention import gpu  # where it is wanted: its back end is large
 
-        return mosaic_gpu_attention
-    return {"xla": blocked_attention, "pallas": pallas_attention}[name]
+        return gpu.mosaic_gpu_attention
+    return {"xla": blocked_attention, "pallas": tpu.pallas_attention}[name]
 
 
 def _pairs(shape, mask, q_offset, bias, alibi, dropped) -> dict[str, Any]:
@@ -128,14 +126,19 @@ def _pairs(shape, mask, q_offset, bias, alibi, dropped) -> dict[str, Any]:
     return {"allowed": allowed, "bias": bias, "kept": kept}
 
 
-def _choose(q, k, v, mask, scale, soft_cap, bias) -> str:
+def _choose(q, k, v, mask, scale, soft_cap, bias, alibi, dropped) -> str:
     """The implementation that None stands for."""
-    t, s = q.shape[1], k.shape[1]
+    t, s, platform = q.shape[1], k.shape[1], jax.default_backend()
     dynamic = not (isinstance(scale, int | float) and isinstance(soft_cap, int | float | None))
     if dynamic or t < 16 or t * s <= DENSE_PAIRS:
         return "reference"
-    if jax.default_backend() == "tpu" and refusal(q, k, v, mask, scale, soft_cap, bias) is None:
+    if platform == "tpu" and tpu.refusal(q, k, v, mask, scale, soft_cap, bias) is None:
         return "pallas"
+    if platform == "gpu":
+        from jaxrl.kernels.attention import gpu
+
+        if gpu.refusal(q, k, v, mask, scale, soft_cap, bias, alibi, dropped) is None:
+            return "mosaic_gpu"
     return "xla"
 
 

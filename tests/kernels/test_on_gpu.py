@@ -91,3 +91,39 @@ def test_the_same_bits_every_time(name):
     first = f(*x)
     for _ in range(20):
         jax.tree.map(np.testing.assert_array_equal, f(*x), first)
+
+
+def test_cudnn_equals_the_dense_form():
+    for mask in (Full(), Causal(), Window(300)):
+        _, (*x, do) = drawn("causal")
+        want, got = (run(functools.partial(with_gradients, form, mask), *x, do) for form in ("reference", "cudnn"))
+        for key, value in want.items():
+            error = float(jnp.abs(got[key].astype(jnp.float32) - value.astype(jnp.float32)).max())
+            assert error < 0.02 * float(jnp.abs(value).max()), (key, error)
+
+
+@hopper_only
+def test_none_picks_the_kernels_where_they_serve():
+    picked = lambda dtype, **options: (  # noqa: E731
+        "mosaic_gpu" in jax.jit(functools.partial(attention, **options)).lower(*3 * (x.astype(dtype),)).as_text()
+    )
+    x = jnp.zeros((1, 512, 4, 64))
+    assert picked(jnp.bfloat16) and picked(jnp.float16, mask=Tree(END[:1, :512]))
+    assert not picked(jnp.float32)
+    assert not picked(jnp.bfloat16, alibi=jnp.ones(4))
+    assert not picked(jnp.bfloat16, dropout=0.1, dropout_key=jax.random.key(0))
+
+
+@hopper_only
+def test_composes():
+    mask, (*x, do) = drawn("causal", 256)
+    plain = functools.partial(with_gradients, "mosaic_gpu", mask)
+    want = run(plain, *x, do)
+    one = lambda *x: jax.tree.map(lambda y: y[0], plain(*(y[None] for y in x)))  # noqa: E731
+    mapped = run(jax.vmap(one), *x, do)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.PartitionSpec("data")
+    sharded = run(jax.shard_map(plain, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False), *x, do)
+    _, scanned = run(lambda *x: jax.lax.scan(lambda c, _: (c, jax.checkpoint(plain)(*x)), 0, length=3), *x, do)
+    for got in (mapped, sharded, jax.tree.map(lambda y: y[2], scanned)):
+        jax.tree.map(np.testing.assert_array_equal, got, want)
