@@ -14,7 +14,6 @@ Linear Attention, with the halving carried down to single tokens.)
 
 from __future__ import annotations
 
-import functools
 import math
 
 import jax
@@ -172,7 +171,7 @@ def _all_at_once(q, k, v, decay, state):
 
 
 def _chunked(q, k, v, decay, state, size, dtype):
-    """Chunk by chunk, every chunk head by head. The backward pass computes each chunk anew from the state before it."""
+    """Chunk by chunk. The backward pass computes each chunk anew from the state before it."""
     b, t = q.shape[:2]
     n = -(-t // size)
 
@@ -180,9 +179,24 @@ def _chunked(q, k, v, decay, state, size, dtype):
         x = jnp.pad(x, ((0, 0), (0, n * size - t)) + ((0, 0),) * (x.ndim - 2))
         return x.reshape(b, n, size, *x.shape[2:])
 
+    form = _one_by_one if jax.default_backend() in ONE_BY_ONE else _side_by_side
+    o, state = form(*jax.tree.map(cut, (q, k, v, decay)), state, dtype)
+    return o.reshape(b, n * size, *o.shape[3:])[:, :t], state
+
+
+def _one_by_one(q, k, v, decay, state, dtype):
+    """Rows, chunks and heads one after another: where small batched products are slow.
+
+    q [B, N, C, R, G, D], k [B, N, C, R, D], v [B, N, C, R, Dv], decay [B, N, C, R, 1 or D] or None.
+    """
+
+    def one_head(x):
+        q, k, v, decay, state = _upcast(x)
+        kept, written = _written((k, v, decay))
+        return _read((q, k, v, decay, state)), _moved_on(kept, state) + written
+
     def one_chunk(state, x):
-        q, k, v, decay = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), x)  # heads first
-        o, state = _each(_one_head)((jnp.moveaxis(q, 1, 2), k, v, decay, state))
+        o, state = lax.map(one_head, (*_heads_first(x, 0), state))
         return state, jnp.moveaxis(o, 2, 0).astype(dtype)
 
     def one_row(x):
@@ -190,23 +204,56 @@ def _chunked(q, k, v, decay, state, size, dtype):
         state, o = lax.scan(jax.checkpoint(one_chunk, prevent_cse=False), state, tuple(arrays))
         return o, state
 
-    o, state = _each(one_row)((*jax.tree.map(cut, (q, k, v, decay)), state))
-    return o.reshape(b, n * size, *o.shape[3:])[:, :t], state
+    return lax.map(one_row, (q, k, v, decay, state))
 
 
-def _one_head(x):
-    """One chunk of one head: q [G, C, D], k [C, D], v [C, Dv], decay [C, 1 or D] or None, state [D, Dv]."""
-    *arrays, state = x
-    q, k, v, decay = jax.tree.map(lambda a: a.astype(state.dtype), tuple(arrays))
+def _side_by_side(q, k, v, decay, state, dtype):
+    """All chunks at once, but for their states, which are summed up in order."""
+    q, k, v, decay = _upcast(_heads_first((q, k, v, decay), 2))
+    each = lambda f: jax.vmap(jax.vmap(jax.vmap(f)))
+    added = each(_written)((k, v, decay))
+
+    def step(state, x):
+        kept, written = x
+        return _moved_on(kept, state) + written, state
+
+    last, before = lax.scan(step, state, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), added))
+    o = each(jax.checkpoint(_read, prevent_cse=False))((q, k, v, decay, jnp.swapaxes(before, 0, 1)))
+    return jnp.moveaxis(o, 4, 2).astype(dtype), last
+
+
+def _heads_first(x, axis: int):
+    """(q, k, v, decay) with the tokens of a chunk, which lie along `axis`, moved behind the heads."""
+    return tuple(None if a is None else jnp.moveaxis(a, axis, axis + 1 + (n == 0)) for n, a in enumerate(x))
+
+
+def _written(x):
+    """What one chunk of one head, k [C, D], v [C, Dv], decay [C, 1 or D] or None, keeps of the state and adds to it."""
+    k, v, decay = x
     if decay is None:
-        o = jnp.where(jnp.tri(k.shape[0], dtype=bool)[None], q @ k.T, 0.0) @ v
-        kept = state
-    else:
-        halves, since, until = _sums(decay)
-        inside = _inside_by_head if decay.shape[1] == 1 else _inside_by_channel
-        o = inside(q, k, v, halves)
-        q, k, kept = q * jnp.exp(since)[None], k * jnp.exp(until), jnp.exp(since[-1])[:, None] * state
-    return o + q @ state, kept + k.T @ v
+        return None, k.T @ v
+    _, since, until = _sums(decay)
+    return jnp.exp(since[-1]), (k * jnp.exp(until)).T @ v
+
+
+def _moved_on(kept, state):
+    return state if kept is None else kept[..., None] * state
+
+
+def _read(x):
+    """o [G, C, Dv] of one chunk of one head, from q [G, C, D] and the state before it [D, Dv]."""
+    q, k, v, decay, state = x
+    if decay is None:
+        inside = jnp.where(jnp.tri(k.shape[0], dtype=bool)[None], q @ k.T, 0.0) @ v
+        return inside + q @ state
+    halves, since, _ = _sums(decay)
+    inside = _inside_by_head if decay.shape[1] == 1 else _inside_by_channel
+    return inside(q, k, v, halves) + (q * jnp.exp(since)[None]) @ state
+
+
+def _upcast(x):
+    """Once for all uses: a gradient that comes back in parts is summed before it is rounded."""
+    return jax.tree.map(lambda a: a.astype(_acc(a)), x)
 
 
 def _sums(decay):
@@ -260,11 +307,6 @@ def _inside_by_channel(q, k, v, halves):
         seen = (weights @ v.reshape(n, 2, h, -1)[:, 0].reshape(n * h, -1)).reshape(groups, n, 1, h, -1)
         o = o + jnp.pad(seen, ((0, 0), (0, 0), (1, 0), (0, 0), (0, 0))).reshape(groups, c, -1)
     return o
-
-
-def _each(f):
-    """f for every entry of the first axis: one after another where small batched products are slow, else at once."""
-    return functools.partial(lax.map, f) if jax.default_backend() in ONE_BY_ONE else jax.vmap(f)
 
 
 def _acc(x):

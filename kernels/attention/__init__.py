@@ -11,6 +11,7 @@ from jaxrl.kernels.attention.masks import Full as Full
 from jaxrl.kernels.attention.masks import Mask as Mask
 from jaxrl.kernels.attention.masks import Prefix as Prefix
 from jaxrl.kernels.attention.masks import Segments as Segments
+from jaxrl.kernels.attention.masks import Span as Span
 from jaxrl.kernels.attention.masks import Tree as Tree
 from jaxrl.kernels.attention.masks import Window as Window
 from jaxrl.kernels.attention.masks import dense as dense

@@ -35,6 +35,6 @@ def refusal(q, k, mask, q_offset, scale, soft_cap, others, return_lse) -> str | 
 def cudnn_attention(q, k, v, *, mask: masks.Mask, scale: float, bias: jax.Array | None = None) -> jax.Array:
     """`jax.nn.dot_product_attention(implementation="cudnn")` for a mask that `refusal` lets pass: o [B, T, H, Dv]."""
     window = (mask.n - 1, 0) if isinstance(mask, masks.Window) else None
-    causal = isinstance(mask, masks.Causal)
+    causal = not isinstance(mask, masks.Full)  # with a window and is_causal=False, cuDNN's gradient of k is wrong
     options = {"scale": scale, "is_causal": causal, "local_window_size": window, "implementation": "cudnn"}
     return jax.nn.dot_product_attention(q, k, v, bias, **options)

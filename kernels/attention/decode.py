@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxrl.kernels.attention.checks import check_groups, check_per_head, check_soft_cap
 from jaxrl.kernels.attention.reference import MASKED, SEEN, dense_attention, with_sinks
 
-IMPLEMENTATIONS = ("reference", "xla", "pallas")
+IMPLEMENTATIONS = ("reference", "xla", "pallas", "mosaic_gpu")
 TILE = 2**16  # numbers in a tile of keys on CPU: it and its values stay in the cache of a core
 COLUMNS = 2048  # keys times key heads that the TPU kernel works on at once
 LANES = 128
@@ -54,7 +54,8 @@ def decode_attention(
 
     (Online softmax as in Dao et al. 2022, arXiv:2205.14135; pages as in Kwon et al. 2023, arXiv:2309.06180.) Softmax
     and sums are float32 whatever the inputs. Queries before position 0, such as those of a row of length 0, get zeros
-    and lse about -1e30 (or the sink). What the cache holds past a row's length does not matter, even NaN.
+    and lse about -1e30 (or the sink). What the cache holds past a row's length does not matter, even NaN; only for
+    "mosaic_gpu" it must be finite.
 
     Args:
       q: queries [B, T, H, D]; T = 1, or a few.
@@ -71,6 +72,7 @@ def decode_attention(
       implementation: None picks the best one for the platform. "reference": dense, gathers all pages. "xla": row by
         row and tile by tile. "pallas": TPU kernel (interpreted on CPU); it reads the cache in place if D and Dv are 128
         and K is 1, 2, 4 or a multiple of 8, or D and Dv are multiples of 128 and K of 8; any other cache is copied.
+        "mosaic_gpu": kernel for Hopper GPUs, for bfloat16 and float16.
       return_lse: also return the log-sum-exp.
 
     Returns:
@@ -82,11 +84,7 @@ def decode_attention(
     _check(q, k, v, lengths, block_table, window, scale, soft_cap, sinks, implementation)
     b, t, h, d = q.shape
     settings = Settings(d**-0.5 if scale is None else scale, soft_cap, window)
-    refused = _refusal(q, k, v)
-    if implementation == "pallas" and refused:
-        raise ValueError(f'decode_attention: implementation="pallas": {refused}; use "xla" or None.')
-    best = {"tpu": "pallas" if refused is None and _in_place(k) and _in_place(v) else "reference", "cpu": "xla"}
-    chosen = implementation or best.get(jax.default_backend(), "reference")
+    chosen = _choose(implementation, q, k, v, block_table)
     keys = k.shape[1] * (1 if block_table is None else block_table.shape[1])
     lengths = jnp.clip(lengths.astype(jnp.int32), 0, keys)
     if block_table is not None:
@@ -161,6 +159,12 @@ def _dense(settings, q, k, v, lengths, block_table):
 def _without_derivatives(chosen, settings, q, k, v, lengths, block_table):
     if chosen == "xla":
         return _tiled(settings, q, k, v, lengths, block_table)
+    if chosen == "mosaic_gpu":
+        t = q.shape[1]
+        stop = lengths[:, None] + jnp.arange(1 - t, 1, dtype=jnp.int32)[None]
+        start = jnp.zeros_like(stop) if settings.window is None else stop - settings.window
+        options = {"scale": settings.scale, "soft_cap": settings.soft_cap}
+        return _on_hopper().decode(q, k, v, start, stop, block_table, **options)
     run = functools.partial(_kernel_call, settings)
     arguments = (q, k, v, lengths) if block_table is None else (q, k, v, lengths, block_table)
     return lax.platform_dependent(
@@ -240,6 +244,28 @@ def _finished(m, total, o):
     seen = total > 0
     total = jnp.where(seen, total, 1.0)
     return o / total, jnp.where(seen, m + jnp.log(total), MASKED)
+
+
+def _choose(implementation, q, k, v, block_table) -> str:
+    """The implementation that None stands for, or the named one if it serves the call."""
+    platform = jax.default_backend()
+    if implementation == "pallas" and (reason := _refusal(q, k, v)):
+        raise ValueError(f'decode_attention: implementation="pallas": {reason}; use "xla" or None.')
+    if implementation == "mosaic_gpu" and (reason := _on_hopper().refusal(q, k, v, block_table)):
+        raise ValueError(f'decode_attention: implementation="mosaic_gpu": {reason}; use "reference" or None.')
+    if implementation:
+        return implementation
+    if platform == "tpu" and _refusal(q, k, v) is None and _in_place(k) and _in_place(v):
+        return "pallas"
+    if platform == "gpu" and _on_hopper().refusal(q, k, v, block_table) is None:
+        return "mosaic_gpu"
+    return "xla" if platform == "cpu" else "reference"
+
+
+def _on_hopper():
+    from jaxrl.kernels.attention import decode_gpu  # where it is wanted: its back end is large
+
+    return decode_gpu
 
 
 def _refusal(q, k, v) -> str | None:

@@ -140,10 +140,24 @@ def mask_vectors(mask: masks.Mask, axes: tuple[str, ...], shape: tuple[int, int,
     return [x.astype(jnp.int32) for x in (*sides, *wide["row"])]
 
 
-def _call(body, name: str, settings: Settings, heads: int, mask, q_offset, inputs, outputs, shared, by_key=False):
+def _call(
+    body,
+    name: str,
+    settings: Settings,
+    heads: int,
+    mask,
+    q_offset,
+    inputs,
+    outputs,
+    shared,
+    *,
+    by_key=False,
+    pages=None,
+):
     """Run a kernel of GROUPS compute warpgroups and one for memory, over a grid (batch, head, block).
 
     Blocks of BLOCK queries go through tiles of keys; with `by_key`, blocks of keys go through tiles of queries.
+    With `pages`, int32 [B, N], the keys of row b lie in the pages pages[b] of k and v, [pages, page, K, D].
     """
     shape = inputs[0].shape[0], settings.t, settings.s
     sizes = settings.block_q, settings.block_k
@@ -157,11 +171,16 @@ def _call(body, name: str, settings: Settings, heads: int, mask, q_offset, input
         queries, keys, *rows = mask_vectors(mask, axes, shape, q_offset)
         vectors = (keys, queries) if by_key else (queries, keys)
         shared["mask_tiles"] = _shared((settings.stages, vectors[1].shape[1], sizes[not by_key]), jnp.int32)
-    carrier, copies = ("ready", 3) if by_key else ("k_ready", 1)
+    pieces = 1 if pages is None else max(1, settings.block_k // inputs[1].shape[1])
+    carrier, copies = ("ready", 3) if by_key else ("k_ready", pieces)
     shared[carrier] = _barriers(settings.stages, copies + bool(vectors))
 
+    if not by_key:
+        shared["v_ready"] = _barriers(settings.stages, pieces)
+    tables += () if pages is None else (pages,)
+
     def kernel(*refs, **buffers):
-        (order, counts), refs = refs[:2], refs[2:]
+        (order, counts, *table), refs = refs[: len(tables)], refs[len(tables) :]
         kept, moving = refs[:2] if vectors else (None, None)
         first, last = len(vectors), len(vectors) + len(rows)
         structure = jax.tree.structure(mask)
@@ -170,7 +189,7 @@ def _call(body, name: str, settings: Settings, heads: int, mask, q_offset, input
         if not by_key:
             block = order.shape[1] - 1 - block  # under causal masks the last ones are the longest: they go first
         row = b if order.shape[0] > 1 else 0
-        visit = Visit(order.at[row, block], counts[row, block, 0], counts[row, block, 1])
+        visit = Visit(order.at[row, block], counts[row, block, 0], counts[row, block, 1], *table)
         body(settings, (b, head, block, wg), visit, masking, *refs[last:], **buffers)
 
     return plgpu.kernel(
@@ -222,6 +241,12 @@ def _not_differentiable(f):
 
 @_not_differentiable
 def _forward(settings, q, k, v, mask, q_offset):
+    o, lse = run_forward(settings, q, k, v, mask, q_offset)
+    return (o, lse), (q, k, v, mask, q_offset, o, lse)
+
+
+def run_forward(settings, q, k, v, mask, q_offset, pages=None):
+    """o [B, T, H, Dv] and lse [B, H, T] of the forward kernel; `pages` as in `_call`."""
     (b, t, h, d), dv = q.shape, v.shape[3]
     block_k = 128 if max(d, dv) <= 128 else 64
     stages = _stages(d if d == dv else d + dv, block_k, d + dv)
@@ -231,7 +256,6 @@ def _forward(settings, q, k, v, mask, q_offset):
         "k_tiles": _shared((stages, block_k, d), k.dtype),
         "v_tiles": _shared((stages, block_k, dv), v.dtype),
         "own_ready": _barriers(GROUPS),
-        "v_ready": _barriers(stages),
         "k_free": _barriers(stages, GROUPS),
         "v_free": _barriers(stages, GROUPS),
         "turn": _barriers(1, GROUPS),
@@ -240,9 +264,9 @@ def _forward(settings, q, k, v, mask, q_offset):
         shared["o_tile"] = _shared((GROUPS, TILE, dv), q.dtype)
     outputs = [((b, t, h, dv), q.dtype), ((b, h, -(-t // BLOCK) * BLOCK), jnp.float32)]
     settings = settings._replace(block_k=block_k, stages=stages)
-    o, lse = _call(gpu_kernels.forward, "attention_forward", settings, h, mask, q_offset, (q, k, v), outputs, shared)
-    lse = lse[:, :, :t]
-    return (o, lse), (q, k, v, mask, q_offset, o, lse)
+    inputs, body = (q, k, v), gpu_kernels.forward
+    o, lse = _call(body, "attention_forward", settings, h, mask, q_offset, inputs, outputs, shared, pages=pages)
+    return o, lse[:, :, :t]
 
 
 def _backward(settings, residuals, cotangents):
@@ -268,7 +292,6 @@ def _gradients(settings, residuals, cotangents):
         "k_tiles": _shared((stages, 64, d), k.dtype),
         "v_tiles": _shared((stages, 64, dv), v.dtype),
         "own_ready": _barriers(GROUPS, 2),
-        "v_ready": _barriers(stages),
         **{"k_free": free, "v_free": free},
     }
     by_query = settings._replace(block_k=64, stages=stages)

@@ -145,6 +145,14 @@ class Visit(NamedTuple):
     order: Any
     full: Any
     live: Any
+    pages: Any = None  # int32 [B, N]: keys lie in pages, and these are those of each row
+
+    def places(self, b, tile, size: int, page: int):
+        """Where a tile of `size` keys lies: (row, or page; first key in it) of each piece, one after another."""
+        piece = size if self.pages is None else min(page, size)
+        for n in range(size // piece):
+            first = tile * size + n * piece
+            yield (b, first) if self.pages is None else (self.pages[b, lax.div(first, page)], lax.rem(first, page))
 
     def fold(self, step, masking: Masking, carry, repeats: int = 1):
         """Folds `step(n, carry, masked)` over all of them."""
@@ -229,18 +237,26 @@ def _feed(settings: Settings, count, copies, free):
 def _feed_keys(settings: Settings, at, visit: Visit, masking: Masking, sources, buffers, ready, free):
     """The memory warpgroup where tiles of keys, of values and of what the mask knows of them are gone through."""
     (b, h), (k, v), (k_tiles, v_tiles, mask_tiles) = at, sources, buffers
+    block = settings.block_k
 
     def copies(n, slot):
-        span = pl.ds(visit.order[n] * settings.block_k, settings.block_k)
-        at = b, span, lax.div(h, settings.group)
+        tile = visit.order[n]
+        places = list(visit.places(b, tile, block, k.shape[1]))
+        size = block // len(places)
+
+        def copy(source, target, barrier):
+            for m, (row, first) in enumerate(places):
+                piece = target.at[slot, pl.ds(m * size, size)]
+                plgpu.copy_gmem_to_smem(source.at[row, pl.ds(first, size), lax.div(h, settings.group)], piece, barrier)
 
         def keys():
-            plgpu.copy_gmem_to_smem(k.at[at], k_tiles.at[slot], ready[0].at[slot])
+            copy(k, k_tiles, ready[0].at[slot])
             if masking.kept is not None:
+                span = pl.ds(tile * block, block)
                 plgpu.copy_gmem_to_smem(masking.moving.at[b, :, span], mask_tiles.at[slot], ready[0].at[slot])
 
         yield keys
-        yield lambda: plgpu.copy_gmem_to_smem(v.at[at], v_tiles.at[slot], ready[1].at[slot])
+        yield lambda: copy(v, v_tiles, ready[1].at[slot])
 
     _feed(settings, visit.live, copies, free)
 

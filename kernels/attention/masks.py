@@ -20,7 +20,7 @@ from jax import lax
 
 Index = int | jax.Array
 
-AXIS_OF_FIELD = {"q_ids": "q", "kv_ids": "k", "end": "k", "lengths": "row"}
+AXIS_OF_FIELD = {"q_ids": "q", "start": "q", "stop": "q", "kv_ids": "k", "end": "k", "lengths": "row"}
 """Along what the arrays of masks lie, by field: queries, keys, or one value for each batch row."""
 
 
@@ -355,6 +355,31 @@ class Tree(Mask):
 
     def check(self, shape, q_offset):
         _expect("Tree", "end", jnp.shape(self.end), ((shape[0], 1), (shape[3],)), "[B, S]")
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class Span(Mask):
+    """Every query has its own span of keys: start[q] <= k < stop[q], both int [B, Q]; empty where stop <= start."""
+
+    start: jax.Array
+    stop: jax.Array
+
+    def allowed(self, tile):
+        return (tile.of_query(self.start) <= tile.k) & (tile.k < tile.of_query(self.stop))
+
+    def live(self, tile):
+        start, stop = tile.of_query(self.start), tile.of_query(self.stop)
+        return (jnp.min(start) <= tile.k_last) & (tile.k_first < jnp.max(stop))
+
+    def full(self, tile):
+        start, stop = tile.of_query(self.start), tile.of_query(self.stop)
+        return (jnp.max(start) <= tile.k_first) & (tile.k_last < jnp.min(stop))
+
+    def check(self, shape, q_offset):
+        for name in ("start", "stop"):
+            expected = ((shape[0], 1), _rows(shape[2], q_offset))
+            _expect("Span", name, jnp.shape(getattr(self, name)), expected, "[B, q_offset + T]")
 
 
 @jax.tree_util.register_pytree_with_keys_class
