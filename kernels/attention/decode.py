@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxrl.kernels.attention.checks import check_groups, check_per_head, check_soft_cap
 from jaxrl.kernels.attention.reference import MASKED, SEEN, dense_attention, with_sinks
+from jaxrl.kernels.varying import shape_like, vary_alike
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas", "mosaic_gpu")
 TILE = 2**16  # numbers in a tile of keys on CPU: it and its values stay in the cache of a core
@@ -94,7 +95,7 @@ def decode_attention(
     elif chosen == "reference":
         o, lse = _dense(settings, q, k, v, lengths, block_table)
     else:
-        o, lse = _without_derivatives(chosen, settings, q, k, v, lengths, block_table)
+        o, lse = _without_derivatives(chosen, settings, *vary_alike(q, k, v, lengths, block_table))
     o, lse = with_sinks(o, lse, sinks)
     o = o.astype(q.dtype)
     return (o, lse) if return_lse else o
@@ -218,9 +219,9 @@ def _tiled(settings, q, k, v, lengths, block_table):
             return _online(m, total, o, logits, lambda p: jnp.einsum("kns,ksd->knd", p, vj))
 
         m = jnp.full((heads, group * t, 1), MASKED, acc)
-        nothing = m, jnp.zeros_like(m), jnp.zeros((heads, group * t, v.shape[3]), acc)
+        *nothing, _ = vary_alike(m, jnp.zeros_like(m), jnp.zeros((heads, group * t, v.shape[3]), acc), q)
         tiles = lax.div(_first(settings, length, t), tile), lax.div(length + (tile - 1), tile)
-        return _finished(*lax.fori_loop(*tiles, visit, nothing))
+        return _finished(*lax.fori_loop(*tiles, visit, tuple(nothing)))
 
     o, lse = lax.map(one_row, jnp.arange(b))
     o, lse = (jnp.swapaxes(x.reshape(b, h, t, -1), 1, 2) for x in (o, lse))
@@ -325,7 +326,7 @@ def _kernel_call(settings, q, k, v, lengths, block_table=None, *, interpret, col
             out_specs=[of_row(dv), of_row(LANES)],
             scratch_shapes=[pltpu.VMEM((rows, width), jnp.float32) for width in (LANES, LANES, dv)],
         ),
-        out_shape=[jax.ShapeDtypeStruct((b, rows, width), jnp.float32) for width in (dv, LANES)],
+        out_shape=[shape_like(flat_q, (b, rows, width), jnp.float32) for width in (dv, LANES)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
             flops=2 * b * rows * reach * page * heads * (d + dv),

@@ -22,6 +22,7 @@ from jaxrl.kernels.attention import gpu_kernels, masks, tiles
 from jaxrl.kernels.attention.dropout import Dropout
 from jaxrl.kernels.attention.gpu_kernels import BLOCK, GROUPS, LOG2E, TILE, Masking, Settings, Visit
 from jaxrl.kernels.attention.reference import MASKED, with_sinks
+from jaxrl.kernels.varying import vary_alike
 
 STAGES = 2  # tiles in shared memory, where they fit
 SHARED = 232448 - 4096  # bytes of shared memory for one block, less what barriers and alignment take
@@ -94,7 +95,8 @@ def mosaic_gpu_attention(
     else:
         settings = Settings(scale, soft_cap, t, k.shape[1], h // k.shape[2], BLOCK, BLOCK, STAGES)
         padded = (_pad(_pad(x, 3, 64), 1, 8) for x in (q, k, v))
-        both: Any = _attention(settings, *padded, masks.with_explicit_keys(mask), jnp.asarray(q_offset, jnp.int32))
+        mask, q_offset = masks.with_explicit_keys(mask), jnp.asarray(q_offset, jnp.int32)
+        both: Any = _attention(settings, *vary_alike(*padded, mask, q_offset))
         o, lse = both[0][:, :t, :, :dv], both[1][:, :, :t]
     o, lse = with_sinks(o, jnp.swapaxes(lse, 1, 2), sinks)
     return o, jnp.swapaxes(lse, 1, 2)
@@ -192,7 +194,7 @@ def _call(
         visit = Visit(order.at[row, block], counts[row, block, 0], counts[row, block, 1], *table)
         body(settings, (b, head, block, wg), visit, masking, *refs[last:], **buffers)
 
-    return plgpu.kernel(
+    results = plgpu.kernel(
         kernel,
         out_type=[jax.ShapeDtypeStruct(*output) for output in outputs],
         scratch_types=shared,
@@ -203,6 +205,8 @@ def _call(
         kernel_name=name,
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(*tables, *vectors, *rows, *inputs)
+    *results, _ = vary_alike(*results, inputs[0])  # which plgpu.kernel forgets
+    return results
 
 
 def _shared(shape: tuple[int, ...], dtype):

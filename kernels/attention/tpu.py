@@ -22,6 +22,7 @@ from jaxrl.kernels.attention import masks, tiles, tpu_kernels
 from jaxrl.kernels.attention.dropout import Dropout
 from jaxrl.kernels.attention.reference import SEEN, with_sinks
 from jaxrl.kernels.attention.tpu_kernels import Pieces, Place, Scalars, Settings
+from jaxrl.kernels.varying import shape_like, vary_alike
 
 LANES = 128
 VMEM = {"v4": 16, "v5e": 128, "v5p": 64, "v6e": 128, "7x": 64}  # MiB of one core
@@ -201,7 +202,7 @@ def _prepare(
     if fused is None:
         fused = dq_bytes <= vmem // 2
     static = Static(settings, fused, vmem, interpret, dtype)
-    return Prepared(static, qh, kh, vh, leaves, kinds, numbers, slopes)
+    return Prepared(static, *vary_alike(qh, kh, vh, leaves, kinds, numbers, slopes))
 
 
 def _tpu() -> tuple[str | None, int]:
@@ -328,7 +329,7 @@ def _call(body, name, static, kinds, numbers, slopes, leaves, inputs, outputs, s
                 out_specs=[spec(shape, axis) for shape, _, axis in outputs],
                 scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
             ),
-            out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs],
+            out_shape=[shape_like(args[0], shape, dtype) for shape, dtype, _ in outputs],
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=static.vmem
             ),

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxrl.kernels.varying import varying
+from jaxrl.kernels.varying import shape_like
 
 LOWEST = -1e30
 LANES, SUBLANES = 128, 16
@@ -169,7 +169,7 @@ def _call(kernel, name, settings, inputs, outputs, scratch, vocabulary_first=Fal
             grid=grid[::-1] if vocabulary_first else grid,
             in_specs=[specs["hidden"], specs["vocabulary"]] + [specs["token"]] * (len(args) - 2),
             out_specs=[specs[kind] for _, kind in outputs],
-            out_shape=[_varying_like(h, *shape) for shape, _ in outputs],
+            out_shape=[shape_like(h, *shape) for shape, _ in outputs],
             scratch_shapes=scratch,
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
@@ -194,15 +194,6 @@ def _call(kernel, name, settings, inputs, outputs, scratch, vocabulary_first=Fal
         )
 
     return on_any_platform(*inputs)
-
-
-def _varying_like(x: jax.Array, shape, dtype) -> jax.ShapeDtypeStruct:
-    """A shape that varies along the mesh axes along which x does, where shard_map tracks them."""
-    axes, kind = varying(x), jax.typeof(x)
-    if not axes:
-        return jax.ShapeDtypeStruct(shape, dtype)
-    typed: Any = {"vma": axes} if hasattr(kind, "vma") else {"manual_axis_type": kind.manual_axis_type}
-    return jax.ShapeDtypeStruct(shape, dtype, **typed)
 
 
 def _logits(settings: Settings, h, w, first):

@@ -14,6 +14,7 @@ from jaxrl.kernels.attention import (
     Mask,
     Prefix,
     Segments,
+    Span,
     Tree,
     Window,
 )
@@ -48,6 +49,8 @@ Q_IDS = RNG.integers(0, 4, (2, 17)).astype(np.int32)  # ids of 3 have no key: th
 KV_IDS = RNG.integers(0, 3, (2, 40)).astype(np.int32)
 LENGTHS = np.array([0, 70], np.int32)
 END = np.minimum(np.arange(130) + RNG.integers(1, 90, (2, 130)), 130).astype(np.int32)
+START = RNG.integers(0, 150, (2, 37)).astype(np.int32)
+STOP = np.minimum(START + RNG.integers(-9, 90, (2, 37)), 150).astype(np.int32)
 ARRAY = RNG.random((2, 4, 130, 130)) < 0.3
 ARRAY[:, :, ::7] = False  # rows masked whole
 ARRAY[1, :, :, 64:] = False  # tiles masked whole
@@ -77,6 +80,7 @@ CASES = {
     "packed": Case(Causal() & Segments(SEGMENTS), lambda b, h, q, k: k <= q and SEGMENTS[b, q] == SEGMENTS[b, k], h=2),
     "empty_segments": Case(Segments(Q_IDS, KV_IDS), lambda b, h, q, k: Q_IDS[b, q] == KV_IDS[b, k], t=17, s=40),
     "tree": Case(Tree(END), lambda b, h, q, k: k <= q < END[b, k], h=3, k=1, dv=16),
+    "span": Case(Span(START, STOP), lambda b, h, q, k: START[b, q] <= k < STOP[b, q], t=30, s=150, q_offset=7, h=2),
     "block_diffusion": Case(BlockDiffusion(13), block_diffusion(13), h=2),
     "before_the_keys": Case(
         Causal() & Dense(ARRAY), lambda b, h, q, k: k <= q and ARRAY[b, h, q, k], pallas=False, sinks=True

@@ -10,6 +10,8 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxrl.kernels import aot
 from jaxrl.kernels.attention import BlockDiffusion, Causal, Chunked, Prefix, Segments, Tree, Window
@@ -42,6 +44,21 @@ def program(
 @pytest.mark.parametrize("chip", aot.TOPOLOGIES)
 def test_compiles_for_every_generation(chip):
     assert set(aot.kernel_vmem(program(chip))) == {"attention_forward", "attention_backward"}
+
+
+@needs_compiler
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_compiles_inside_shard_map(check_vma):
+    mesh, rows = aot.tpu_mesh("v5e", (2,), ("data",)), P("data")
+    x = jax.ShapeDtypeStruct((4, 256, 2, 128), jnp.bfloat16, sharding=NamedSharding(mesh, rows))
+    ids = jax.ShapeDtypeStruct((4, 256), jnp.int32, sharding=NamedSharding(mesh, rows))
+
+    def loss(x, ids):
+        o, _ = pallas_attention(x, x, x, mask=Causal() & Segments(ids), scale=0.1)
+        return jnp.sum(o.astype(jnp.float32))
+
+    f = jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=(rows, rows), out_specs=rows, check_vma=check_vma)
+    assert set(aot.kernel_vmem(aot.compile_for(mesh, f, x, ids))) == {"attention_forward", "attention_backward"}
 
 
 CASES = {

@@ -11,9 +11,10 @@ import pytest
 from jax import lax
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # whether races were found is private
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec as P
 
 from jaxrl.kernels import aot
-from jaxrl.kernels.attention import Window, attention, decode
+from jaxrl.kernels.attention import Window, attention, decode, decode_gpu
 from jaxrl.kernels.attention.decode import decode_attention
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile
@@ -29,7 +30,7 @@ def load(path):
     return module
 
 
-oracle = load("oracles/decode.py")
+oracle, hopper = load("oracles/decode.py"), load("kernels/hopper.py")
 
 
 class Call(NamedTuple):
@@ -197,6 +198,77 @@ def test_composes_with_vmap_scan_and_jit(implementation):
     np.testing.assert_allclose(mapped, one_by_one, atol=1e-6)
     np.testing.assert_allclose(scanned, one_by_one, atol=1e-6)
     np.testing.assert_array_equal(one(q, k, v, lengths), one_by_one[0])  # the same bits twice
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("paged", [False, True], ids=["dense", "paged"])
+def test_rows_spread_over_devices(implementation, paged):
+    (q, k, v, lengths, _), (k_pages, v_pages, table) = inputs("drafted")
+    mesh = jax.make_mesh((3,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, whole = P("data"), P()
+    call = functools.partial(decode_attention, implementation=implementation)
+    if paged:
+        f = lambda q, k, v, lengths, table: call(q, k, v, lengths, block_table=table)
+        cache, specs, more = (k_pages, v_pages), (rows, whole, whole, rows, rows), (table,)
+    else:
+        f, cache, specs, more = call, (k, v), (rows,) * 4, ()
+    got = quick_jit(jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=rows))(q, *cache, lengths, *more)
+    np.testing.assert_allclose(got, quick_jit(f)(q, *cache, lengths, *more), atol=1e-6)
+
+
+# On a Hopper GPU, here in a model of one. What no query sees must be finite there.
+
+
+@pytest.mark.parametrize("name", ["one_token", "pages", "large_pages", "parts", "shorter_than_the_queries"])
+def test_the_kernel_for_hopper(name):
+    b, t, s, h, heads, d, page, window, lengths = {
+        "one_token": (2, 1, 264, 4, 2, 64, None, None, (264, 100)),
+        "pages": (2, 3, 512, 6, 2, 64, 16, None, (512, 2)),
+        "large_pages": (1, 2, 1024, 4, 1, 64, 256, 300, (900,)),
+        "parts": (2, 1, 2048, 2, 1, 64, None, None, (2048, 1030)),
+        "shorter_than_the_queries": (3, 5, 128, 3, 3, 64, 8, None, (0, 3, 100)),
+    }[name]
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=x).astype(np.float16) for x in ((b, t, h, d), (b, s, heads, d), (b, s, heads, d)))
+    lengths, sinks = np.array(lengths, np.int32), rng.normal(size=h).astype(np.float32)
+    knobs = {"scale": 0.2, "window": window, "soft_cap": 1.5, "sinks": sinks}
+    want, want_lse = oracle.decode(*(x.astype(np.float32) for x in (q, k, v)), lengths, **knobs)
+    table, cache = None, (k, v)
+    if page:
+        order = rng.permutation(b * s // page)
+        cache = tuple(x.reshape(-1, page, heads, d)[order] for x in (k, v))
+        table = np.argsort(order).reshape(b, -1).astype(np.int32)
+    call = functools.partial(decode_attention, implementation="mosaic_gpu", return_lse=True, **knobs)
+    (o, lse), _ = hopper.run(lambda q, k, v, n, table: call(q, k, v, n, block_table=table), q, *cache, lengths, table)
+    np.testing.assert_allclose(lse, want_lse, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(o, np.float32), want, atol=2e-3 * np.abs(want).max())
+
+
+def test_parts_of_a_row_fill_the_chip():
+    assert decode_gpu._parts(4 * 8, 16384, 1) == 16
+    assert decode_gpu._parts(512, 16384, 1) == 1
+    assert decode_gpu._parts(8, 16384, 256) == 32
+    assert decode_gpu._parts(8, 1000, 1) == 1
+
+
+H = jnp.zeros((2, 1, 4, 64), jnp.bfloat16)
+NOT_FOR_HOPPER = [
+    ({"q": H.astype(jnp.float32)}, "bfloat16 or float16, not float32"),
+    ({"q": jnp.zeros((2, 65, 4, 64), jnp.bfloat16)}, "up to 128 queries for each key head, not 65 x 2"),
+    ({"k": H[:, :, :2].repeat(12, 1), "v": H[:, :, :2].repeat(12, 1)}, "S is no multiple of 8, as 12"),
+    ({"q": H[..., :32], "k": H[:, :, :2, :32].repeat(16, 1)}, "no multiple of 64, as 32 and 64"),
+    ({"block_table": jnp.zeros((2, 3), jnp.int32), "k": H[:, :, :2].repeat(24, 1), "v": H[:, :, :2].repeat(24, 1)},
+     "pages of 8, 16, 32, 64 or a multiple of 128 tokens, not 24"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), NOT_FOR_HOPPER)
+def test_what_the_kernel_for_hopper_refuses(change, message):
+    cache = H[:, :, :2].repeat(16, 1)
+    call = {"q": H, "k": cache, "v": cache, "lengths": jnp.zeros(2, jnp.int32)} | change
+    with pytest.raises(ValueError, match=message):
+        decode_attention(**call, implementation="mosaic_gpu")
+    decode_attention(**call)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

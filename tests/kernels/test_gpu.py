@@ -37,7 +37,7 @@ def load(path):
 
 
 hopper, oracle, cases = load("kernels/hopper.py"), load("oracles/attention.py"), load("kernels/cases.py")
-Case, SERVED = cases.Case, ("causal", "one_token", "cross", "window", "chunked", "prefix", "packed", "tree")
+Case, SERVED = cases.Case, ("causal", "one_token", "cross", "window", "chunked", "prefix", "packed", "tree", "span")
 SERVED += ("empty_segments", "block_diffusion")
 SMALL = {name: cases.CASES[name]._replace(h=2, k=1) for name in SERVED}
 SMALL["one_token"] = cases.CASES["one_token"]  # with two key heads, of two query heads each
@@ -296,6 +296,17 @@ def test_lowers_for_cuda(mask):
     unchecked = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
     exported = export.export(f, platforms=["cuda"], disabled_checks=unchecked)(*shapes(), IDS)
     assert exported.mlir_module().count("custom_call @mosaic_gpu_v2") == 3  # forward, dq, dk and dv
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_lowers_inside_shard_map(check_vma):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.PartitionSpec("data")
+    specs = {"mesh": mesh, "in_specs": rows, "out_specs": rows, "check_vma": check_vma}
+    f = jax.shard_map(jax.grad(functools.partial(loss, "packed_window"), (0, 1, 2)), **specs)
+    unchecked = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+    exported = export.export(jax.jit(f), platforms=["cuda"], disabled_checks=unchecked)(*shapes(), IDS)
+    assert exported.mlir_module().count("custom_call @mosaic_gpu_v2") == 3
 
 
 COMPILED = {

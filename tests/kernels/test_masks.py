@@ -16,6 +16,7 @@ from jaxrl.kernels.attention import (
     Full,
     Prefix,
     Segments,
+    Span,
     Tree,
     Window,
     dense,
@@ -40,6 +41,8 @@ IDS, KV_IDS = RNG.integers(0, 3, (2, 2, N)).astype(np.int32)
 LENGTHS = np.array([0, 5], np.int32)
 END = np.minimum(np.arange(N) + RNG.integers(0, 6, (2, N)), N).astype(np.int32)
 ARRAY = RNG.random((2, 3, N, N)) < 0.2
+START = RNG.integers(-1, N, (2, N)).astype(np.int32)
+STOP = START + RNG.integers(-1, N, (2, N)).astype(np.int32)
 
 
 def block_diffusion(q, k):
@@ -58,6 +61,7 @@ MASKS = {
     "segments": (Segments(IDS), lambda b, h, q, k: IDS[b, q] == IDS[b, k]),
     "cross_segments": (Segments(IDS, KV_IDS), lambda b, h, q, k: IDS[b, q] == KV_IDS[b, k]),
     "tree": (Tree(END), lambda b, h, q, k: k <= q < END[b, k]),
+    "span": (Span(START, STOP), lambda b, h, q, k: START[b, q] <= k < STOP[b, q]),
     "block_diffusion": (BlockDiffusion(2), lambda b, h, q, k: block_diffusion(q, k)),
     "dense": (Dense(ARRAY), lambda b, h, q, k: ARRAY[b, h, q, k]),
     "one_dense_for_all": (Dense(ARRAY[:1, :1]), lambda b, h, q, k: ARRAY[0, 0, q, k]),
@@ -188,6 +192,7 @@ def test_sizes_must_be_positive_integers(make, n):
         (Prefix(jnp.zeros((3,), int)), r"Prefix: lengths has shape \(3,\)"),
         (Tree(jnp.zeros((2, 5), int)), r"Tree: end has shape \(2, 5\), expected \[B, S\]"),
         (Causal() | Tree(jnp.zeros((6,), int)), r"Tree: end has shape \(6,\)"),
+        (Span(jnp.zeros((2, 5), int), jnp.zeros((2, 4), int)), r"Span: stop has shape \(2, 4\), expected .*at least 5"),
     ],
 )
 def test_arrays_that_do_not_fit(mask, message):
