@@ -36,10 +36,34 @@ class TokenBatch:
     `tokens`: `[B, T]` int32, right-padded. `loss_mask`: `[B, T]` float32, 1 where the token is to be predicted (from
     the tokens before it). The mask comes from lengths, never from comparing ids: where padding and end-of-sequence
     share an id, the end is still trained.
+
+    `segments`: `[B, T]` int32 where several examples share a row: 1, 2, ... for those of the row, 0 on padding. None
+    where each row is one example.
     """
 
     tokens: jax.Array
     loss_mask: jax.Array
+    segments: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class Pairs:
+    """Two responses to each of `N` prompts, the first preferred; the loss masks cover the responses.
+
+    `margin`: `[N]` float32, by how much the chosen one is better, or None.
+    """
+
+    chosen: TokenBatch
+    rejected: TokenBatch
+    margin: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class Labelled:
+    """Responses judged one by one. `desirable`: `[N]` bool."""
+
+    examples: TokenBatch
+    desirable: jax.Array
 
 
 @flax.struct.dataclass

@@ -11,7 +11,7 @@ from jax import lax
 
 from jaxrl.kernels.varying import vary_alike
 
-IMPLEMENTATIONS = ("tiles", "ragged_dot")
+IMPLEMENTATIONS = ("tiles", "ragged_dot", "mosaic_gpu")
 TILE, SMALL_TILE = 32, 8  # rows of a product on CPU: least time of 8 .. 256 for groups of 64 rows and more, and of 4
 
 
@@ -41,13 +41,14 @@ def grouped_matmul(
         that reach beyond M are cut off there.
       dtype: of the result; default that of x.
       implementation: None picks by platform. "tiles": a loop over tiles of rows (CPU, where XLA makes a ragged dot
-        of E dense products). "ragged_dot": `jax.lax.ragged_dot_general`.
+        of E dense products). "ragged_dot": `jax.lax.ragged_dot_general`. "mosaic_gpu": kernels for Hopper GPUs, where
+        XLA makes a ragged dot of E dense products; bfloat16 or float16, K and N multiples of 64.
 
     Returns:
       y [M, N].
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, an unknown implementation.
+      ValueError: shapes or dtypes that do not fit, an unknown implementation or one that does not serve the call.
     """
     _check(x, w, group_sizes, implementation)
     sizes = within(jnp.asarray(group_sizes, jnp.int32), x.shape[0])
@@ -66,13 +67,32 @@ class _Settings(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _rows(settings, x, w, sizes):
     """[M, K] by [E, K, N] to [M, N]; transposed, [M, N] by [E, K, N] to [M, K]."""
+    kernel = _kernel(settings, x, w, w.shape[1:])
+    if kernel is not None:
+        return kernel.rows(x, w, sizes, transposed=settings.transposed, dtype=settings.dtype)
     return _by_platform(settings, _rows_by_tiles, _rows_by_ragged_dot)(x, w, sizes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _outer(settings, x, y, sizes):
     """The sum of x_i^T y_i over each group: [M, K] and [M, N] to [E, K, N]."""
+    kernel = _kernel(settings, x, y, (x.shape[1], y.shape[1]))
+    if kernel is not None:
+        return kernel.outer(x, y, sizes, dtype=settings.dtype)
     return _by_platform(settings, _outer_by_tiles, _outer_by_ragged_dot)(x, y, sizes)
+
+
+def _kernel(settings, a, b, columns):
+    """The module of the kernels for Hopper GPUs, if they are to compute a product of a and b."""
+    wanted = settings.implementation == "mosaic_gpu"
+    if not wanted and (settings.implementation or jax.default_backend() != "gpu"):
+        return None
+    from jaxrl.kernels import grouped_matmul_gpu  # where it is wanted: its back end is large
+
+    reason = grouped_matmul_gpu.refusal(a.dtype, b.dtype, settings.dtype, *columns)
+    if reason and wanted:
+        raise ValueError(f'grouped_matmul: implementation="mosaic_gpu": {reason}.')
+    return None if reason else grouped_matmul_gpu
 
 
 def _by_platform(settings, tiles, ragged_dot):

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl.kernels.log_probs import token_log_probs
 from jaxrl.losses import reduce
 from jaxrl.nets.language_model import LanguageModel
 from jaxrl.posttrain import update
+from jaxrl.posttrain.score import log_probs_of
 from jaxrl.types import TokenBatch
 
 
@@ -37,14 +37,12 @@ def loss(model: LanguageModel, params, batch: TokenBatch):
 
     Args:
       model, params: the language model.
-      batch: `tokens [B, T]` right-padded and `loss_mask [B, T]`; the first column cannot be predicted.
+      batch: right-padded or packed; the first token of an example cannot be predicted.
 
     Returns:
       `(Weighted, {"train/target_probability": Weighted, "policy/entropy": Weighted})`.
     """
-    hidden, _ = model.apply(params, batch.tokens[:, :-1])
-    targets, mask = batch.tokens[:, 1:], batch.loss_mask[:, 1:]
-    log_probs, entropy = token_log_probs(hidden, model.unembedding(params), targets)
+    log_probs, entropy, mask = log_probs_of(model, params, batch)
     likelihood = jax.lax.stop_gradient(jnp.exp(log_probs))
     metrics = {
         "train/target_probability": reduce.tokens(likelihood, mask),

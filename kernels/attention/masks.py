@@ -124,6 +124,10 @@ class Mask:
         """Scalar bool: True only if every pair of the tile is allowed."""
         return False
 
+    def reach(self) -> int | None:
+        """r such that no query sees a key r or more away from it, |q - k| >= r; None if there is none."""
+        return None
+
     def check(self, shape: tuple[int, int, int, int], q_offset: Index) -> None:
         """Raise ValueError if the mask's arrays cannot serve attention of `shape` (B, H, T, S)."""
 
@@ -253,6 +257,9 @@ class Window(Mask):
 
     def full(self, tile):
         return (tile.k_last <= tile.q_first) & (tile.k_first > tile.q_last - self.n)
+
+    def reach(self):
+        return self.n
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -479,6 +486,9 @@ class And(Mask):
 
     def full(self, tile):
         return self.a.full(tile) & self.b.full(tile)
+
+    def reach(self):
+        return min((n for n in (self.a.reach(), self.b.reach()) if n is not None), default=None)
 
     def check(self, shape, q_offset):
         self.a.check(shape, q_offset)

@@ -22,7 +22,7 @@ import numpy as np
 from jax.extend import core
 
 CALLS = {"custom_vjp_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vmap_call": "call", "jit": "jaxpr"}
-IDENTITY = {"layout_cast", "optimization_barrier"}
+IDENTITY = {"layout_cast", "optimization_barrier", "multiple_of"}
 ELEMENTWISE: dict[str, Any] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "max": np.maximum, "min": np.minimum, "neg": np.negative,
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
@@ -244,7 +244,7 @@ class Thread:
             if "barrier" in str(aval):
                 self.shared[variable] = [Barrier(aval.dtype.num_arrivals) for _ in range(shape[0])]
             else:
-                if transforms:
+                if any(type(t).__name__ == "UntilingTransform" for t in transforms):
                     shape = (*shape[:-4], shape[-4] * shape[-2], shape[-3] * shape[-1])
                 self.shared[variable] = Memory(poison(shape, aval.dtype), "smem")
         return self.shared[variable]
@@ -365,7 +365,7 @@ class Thread:
 
     def do_wgmma_wait(self, values, eqn):
         yield from ()
-        self.flush(self.products, eqn.params["allow_groups"])
+        self.flush(self.products, eqn.params["n"] if "n" in eqn.params else int(values[0]))  # jax 0.11, 0.10
         return []
 
 
@@ -395,6 +395,8 @@ def arithmetic(name: str, values, eqn):
             shape = [1] * len(p["shape"])
             shape[p["dimension"]] = p["shape"][p["dimension"]]
             out = np.broadcast_to(np.arange(math.prod(shape)).reshape(shape), p["shape"])
+        elif name == "slice":
+            out = values[0][tuple(slice(*ends) for ends in zip(p["start_indices"], p["limit_indices"], strict=True))]
         elif name in ("squeeze", "reshape"):
             out = np.reshape(values[0], eqn.outvars[0].aval.shape)
         else:

@@ -1,12 +1,4 @@
-"""Whole runs: data, model, loop, evaluation, checkpoints and a run folder, from one frozen config.
-
-    from jaxrl.posttrain.recipes import GRPORun, train_grpo
-
-    outcome = train_grpo(GRPORun(data="problems.jsonl", init="runs/demo", out="runs/mine", steps=100))
-    print(outcome.summary["accuracy_before"], outcome.summary["accuracy_after"])
-
-The pure steps these are made of are in `sft` and `grpo`; write your own loop around them where a recipe is too narrow.
-"""
+"""What every run is made of: its options, data and model, the loop, evaluation, checkpoints and the run folder."""
 
 import contextlib
 import dataclasses
@@ -24,10 +16,8 @@ from jaxrl.data.tokenizer import Tokenizer
 from jaxrl.display import Display, metrics_line
 from jaxrl.nets.language_model import LanguageModel, language_model
 from jaxrl.nets.transformer import TransformerConfig
-from jaxrl.posttrain import grpo, rewards, sft, task, update
-from jaxrl.posttrain.grpo import GRPOConfig
+from jaxrl.posttrain import rewards, task, update
 from jaxrl.posttrain.rollout import Sampling
-from jaxrl.posttrain.sft import SFTConfig
 from jaxrl.types import Rollout
 
 
@@ -87,29 +77,6 @@ class RunOptions:
     optimizer: update.OptimizerConfig = dataclasses.field(default_factory=update.OptimizerConfig)
 
 
-@dataclasses.dataclass(frozen=True)
-class SFTRun(RunOptions):
-    """Supervised fine-tuning on prompt + completion, messages, or text."""
-
-    stop_at: float = 0.0
-    """Stop once held-out greedy accuracy reaches this; 0 goes through all steps."""
-    max_tokens: int = 64
-    """Completion width in evaluation."""
-    sft: SFTConfig = dataclasses.field(default_factory=SFTConfig)
-
-
-@dataclasses.dataclass(frozen=True)
-class GRPORun(RunOptions):
-    """GRPO and its family on prompts with verifiable answers."""
-
-    reward: str = ""
-    """Python reward, path/to/file.py:function; empty compares answers exactly."""
-    optimizer: update.OptimizerConfig = dataclasses.field(
-        default_factory=lambda: update.OptimizerConfig(learning_rate=5e-5, warmup_steps=10)
-    )
-    grpo: GRPOConfig = dataclasses.field(default_factory=GRPOConfig)
-
-
 class Outcome(NamedTuple):
     """What a run made: its folder, what `summary.json` holds, and the final train state."""
 
@@ -118,7 +85,7 @@ class Outcome(NamedTuple):
     state: update.TrainState
 
 
-class _Setup(NamedTuple):
+class Setup(NamedTuple):
     """A run's data and model, and the mesh they live on (None: one device)."""
 
     task: task.Task
@@ -131,85 +98,14 @@ class _Setup(NamedTuple):
         return batch if self.mesh is None else parallel.shard_batch(batch, self.mesh)
 
 
-class _Evaluation(NamedTuple):
+class Evaluation(NamedTuple):
     """Greedy completions of the held-out problems and their scores."""
 
     name: str
     score: Callable[[Any], tuple[float, list[str], np.ndarray]]
 
 
-def train_sft(run: SFTRun, *, resume: bool = False, display: Display | None = None) -> Outcome:
-    """Fine-tunes on worked examples; evaluates greedy exact answers where the records have an `answer`.
-
-    Args:
-      run: the config.
-      resume: go on from the newest intact checkpoint in `run.out`.
-      display: where to show progress; None makes one.
-
-    Returns:
-      An `Outcome`; the model is in its folder.
-
-    Raises:
-      ValueError: on data, sizes or a folder that cannot serve, before anything is compiled or overwritten.
-    """
-    run = dataclasses.replace(run, out=run.out or "runs/sft")
-    setup = _setup(run, columns=(), max_tokens=run.max_tokens, supervised=True)
-    examples = task.examples_of(setup.task.training, setup.task.tokenizer)
-    optimizer = update.make_optimizer(run.optimizer)
-    recipe = sft.make(
-        run.sft, setup.model, optimizer, max_grad_norm=run.optimizer.max_grad_norm, constrain=setup.constrain
-    )
-    evaluation = None
-    if all("answer" in record and "prompt" in record for record in setup.task.held_out):
-        evaluation = _exact_evaluation(setup, run.max_tokens)
-    return _drive("sft", run, setup, recipe.init, recipe.step, examples, evaluation,
-                  max_tokens=run.max_tokens, stop_at=run.stop_at, resume=resume, display=display)  # fmt: skip
-
-
-def train_grpo(run: GRPORun, *, resume: bool = False, display: Display | None = None) -> Outcome:
-    """Post-trains on prompts with answers, or with a Python reward. Arguments, result and errors as `train_sft`."""
-    run = dataclasses.replace(run, out=run.out or "runs/grpo")
-    needed = ("prompt",) if run.reward else ("prompt", "answer")
-    max_tokens = run.grpo.sampling.max_tokens
-    setup = _setup(run, columns=needed, max_tokens=max_tokens)
-    tokenizer, training = setup.task.tokenizer, setup.task.training
-    if len(training) < run.grpo.prompts:
-        raise ValueError(
-            f"a step takes {run.grpo.prompts} prompts and {run.data} leaves {len(training)} for training "
-            f"({len(setup.task.held_out)} are held out); lower --grpo.prompts or --held-out"
-        )
-    optimizer = update.make_optimizer(run.optimizer)
-    recipe = grpo.make(
-        run.grpo,
-        setup.model,
-        optimizer,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-        max_grad_norm=run.optimizer.max_grad_norm,
-        constrain=setup.constrain,
-    )
-    prompts = task.prompts_of(training, tokenizer)
-    if run.reward or not _answers_by_token(setup.task):
-        reward = (
-            rewards.load_reward(run.reward) if run.reward else partial(rewards.exact_text, marker=setup.task.marker)
-        )
-
-        def score(completions: Rollout, rows):
-            records = [training[row] for row in rows]
-            return _score_texts(reward, completions, records, tokenizer, samples=run.grpo.group)
-
-        step, answers = grpo.hosted(recipe, score), None
-        evaluation = _text_evaluation(setup, max_tokens, reward, exact=not run.reward)
-    else:
-        reward = partial(rewards.exact_answer, marker=_marker_id(setup.task))
-        step, answers = grpo.fused(recipe, reward, run.grpo), task.answers_of(training, tokenizer)
-        evaluation = _exact_evaluation(setup, max_tokens)
-    problems = grpo.Problems(prompts, answers)
-    return _drive("grpo", run, setup, recipe.init, step, problems, evaluation,
-                  max_tokens=max_tokens, jit=answers is not None, resume=resume, display=display)  # fmt: skip
-
-
-def _setup(run: RunOptions, *, columns: tuple[str, ...], max_tokens: int, supervised: bool = False) -> _Setup:
+def prepare(run: RunOptions, *, columns: tuple[str, ...], max_tokens: int, supervised: bool = False) -> Setup:
     """Reads data and model; everything that can be wrong with them is found here."""
     start = runs.load_model(run.init) if run.init else None
     tokenizer = start.tokenizer if start and not run.tokenizer else run.tokenizer
@@ -229,7 +125,7 @@ def _setup(run: RunOptions, *, columns: tuple[str, ...], max_tokens: int, superv
     model = language_model(transformer)
     # one program in both cases, so that a resumed run gets the very same numbers
     initial = (lambda: start.params) if start else lambda: jax.jit(model.init)(jax.random.key(run.seed))
-    return _Setup(work, model, transformer, initial, parallel.make_mesh(run.mesh) if run.mesh else None)
+    return Setup(work, model, transformer, initial, parallel.make_mesh(run.mesh) if run.mesh else None)
 
 
 def _longest(work: task.Task, max_tokens: int, *, supervised: bool) -> int:
@@ -243,31 +139,31 @@ def _longest(work: task.Task, max_tokens: int, *, supervised: bool) -> int:
     return max(lengths)
 
 
-def _answers_by_token(work: task.Task) -> bool:
+def answers_by_token(work: task.Task) -> bool:
     """Whether equal text means equal tokens: one token for each byte or character."""
-    return work.tokenizer.to_json()["kind"] in ("byte", "char") and (not work.marker or _marker_id(work) is not None)
+    return work.tokenizer.to_json()["kind"] in ("byte", "char") and (not work.marker or marker_id(work) is not None)
 
 
-def _marker_id(work: task.Task) -> int | None:
+def marker_id(work: task.Task) -> int | None:
     return work.tokenizer.token_id(work.marker) if work.marker else None
 
 
-def _exact_evaluation(setup: _Setup, max_tokens: int) -> _Evaluation:
-    if not _answers_by_token(setup.task):
-        return _text_evaluation(setup, max_tokens, partial(rewards.exact_text, marker=setup.task.marker), exact=True)
+def exact_evaluation(setup: Setup, max_tokens: int) -> Evaluation:
+    if not answers_by_token(setup.task):
+        return text_evaluation(setup, max_tokens, partial(rewards.exact_text, marker=setup.task.marker), exact=True)
     held_out, tokenizer = setup.task.held_out, setup.task.tokenizer
-    answers, marker = task.answers_of(held_out, tokenizer), _marker_id(setup.task)
+    answers, marker = task.answers_of(held_out, tokenizer), marker_id(setup.task)
     compare = jax.jit(lambda completions: rewards.exact_answer(completions, answers, marker=marker))
-    return _evaluation("eval/accuracy", setup, max_tokens, compare)
+    return greedy_evaluation("eval/accuracy", setup, max_tokens, compare)
 
 
-def _text_evaluation(setup: _Setup, max_tokens: int, reward: rewards.Reward, *, exact: bool) -> _Evaluation:
+def text_evaluation(setup: Setup, max_tokens: int, reward: rewards.Reward, *, exact: bool) -> Evaluation:
     held_out, tokenizer = setup.task.held_out, setup.task.tokenizer
-    score = lambda completions: _score_texts(reward, completions, held_out, tokenizer, samples=1)
-    return _evaluation("eval/accuracy" if exact else "eval/reward", setup, max_tokens, score)
+    score = lambda completions: score_texts(reward, completions, held_out, tokenizer, samples=1)
+    return greedy_evaluation("eval/accuracy" if exact else "eval/reward", setup, max_tokens, score)
 
 
-def _evaluation(name: str, setup: _Setup, max_tokens: int, score: Callable) -> _Evaluation:
+def greedy_evaluation(name: str, setup: Setup, max_tokens: int, score: Callable) -> Evaluation:
     prompts = task.prompts_of(setup.task.held_out, setup.task.tokenizer)
     greedy = Sampling(temperature=0.0, max_tokens=max_tokens)
     generate = task.make_generate(setup.model, setup.task.tokenizer, greedy)
@@ -278,24 +174,24 @@ def _evaluation(name: str, setup: _Setup, max_tokens: int, score: Callable) -> _
         known = scores[~np.isnan(scores)]
         return float(known.mean() if known.size else np.nan), task.text_of(completions, setup.task.tokenizer), scores
 
-    return _Evaluation(name, evaluate)
+    return Evaluation(name, evaluate)
 
 
-def _score_texts(reward, completions: Rollout, records: list, tokenizer: Tokenizer, *, samples: int) -> np.ndarray:
+def score_texts(reward, completions: Rollout, records: list, tokenizer: Tokenizer, *, samples: int) -> np.ndarray:
     names = set().union(*records) - {"prompt", "completion"}
     columns = {name: [record.get(name) for record in records] for name in sorted(names)}
     prompts = [record["prompt"] for record in records]
     return rewards.score(reward, completions, tokenizer, prompts, columns, samples=samples)
 
 
-def _drive(
+def drive(
     kind: str,
     run: RunOptions,
-    setup: _Setup,
+    setup: Setup,
     init: Callable,
     step: Callable,
     data: Any,
-    evaluation: _Evaluation | None,
+    evaluation: Evaluation | None,
     *,
     max_tokens: int,
     jit: bool = True,
@@ -394,7 +290,7 @@ def _drive(
     return Outcome(folder, summary, state)
 
 
-def _initial_state(folder: Path, init: Callable, key: jax.Array, setup: _Setup) -> tuple[update.TrainState, int]:
+def _initial_state(folder: Path, init: Callable, key: jax.Array, setup: Setup) -> tuple[update.TrainState, int]:
     """The newest intact checkpoint of the folder, or a fresh state, laid out on the mesh."""
     shapes = jax.eval_shape(init, key, jax.eval_shape(setup.initial))
     places = None if setup.mesh is None else parallel.state_shardings(shapes, setup.mesh)

@@ -1,0 +1,17 @@
+"""Whole runs: data, model, loop, evaluation, checkpoints and a run folder, from one frozen config.
+
+    from jaxrl.posttrain.recipes import GRPORun, train_grpo
+
+    outcome = train_grpo(GRPORun(data="problems.jsonl", init="runs/demo", out="runs/mine", steps=100))
+    print(outcome.summary["accuracy_before"], outcome.summary["accuracy_after"])
+
+The pure steps these are made of are in `jaxrl.posttrain`; write your own loop around them where a recipe is too narrow.
+"""
+
+from jaxrl.posttrain.recipes.common import ModelConfig as ModelConfig
+from jaxrl.posttrain.recipes.common import Outcome as Outcome
+from jaxrl.posttrain.recipes.common import RunOptions as RunOptions
+from jaxrl.posttrain.recipes.grpo import GRPORun as GRPORun
+from jaxrl.posttrain.recipes.grpo import train_grpo as train_grpo
+from jaxrl.posttrain.recipes.sft import SFTRun as SFTRun
+from jaxrl.posttrain.recipes.sft import train_sft as train_sft

@@ -1,0 +1,47 @@
+"""`jaxrl train sft`."""
+
+import dataclasses
+
+from jaxrl.display import Display
+from jaxrl.posttrain import sft, task, update
+from jaxrl.posttrain.recipes.common import Outcome, RunOptions, drive, exact_evaluation, prepare
+from jaxrl.posttrain.sft import SFTConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTRun(RunOptions):
+    """Supervised fine-tuning on prompt + completion, messages, or text."""
+
+    stop_at: float = 0.0
+    """Stop once held-out greedy accuracy reaches this; 0 goes through all steps."""
+    max_tokens: int = 64
+    """Completion width in evaluation."""
+    sft: SFTConfig = dataclasses.field(default_factory=SFTConfig)
+
+
+def train_sft(run: SFTRun, *, resume: bool = False, display: Display | None = None) -> Outcome:
+    """Fine-tunes on worked examples; evaluates greedy exact answers where the records have an `answer`.
+
+    Args:
+      run: the config.
+      resume: go on from the newest intact checkpoint in `run.out`.
+      display: where to show progress; None makes one.
+
+    Returns:
+      An `Outcome`; the model is in its folder.
+
+    Raises:
+      ValueError: on data, sizes or a folder that cannot serve, before anything is compiled or overwritten.
+    """
+    run = dataclasses.replace(run, out=run.out or "runs/sft")
+    setup = prepare(run, columns=(), max_tokens=run.max_tokens, supervised=True)
+    examples = task.examples_of(setup.task.training, setup.task.tokenizer)
+    optimizer = update.make_optimizer(run.optimizer)
+    recipe = sft.make(
+        run.sft, setup.model, optimizer, max_grad_norm=run.optimizer.max_grad_norm, constrain=setup.constrain
+    )
+    evaluation = None
+    if all("answer" in record and "prompt" in record for record in setup.task.held_out):
+        evaluation = exact_evaluation(setup, run.max_tokens)
+    return drive("sft", run, setup, recipe.init, recipe.step, examples, evaluation,
+                  max_tokens=run.max_tokens, stop_at=run.stop_at, resume=resume, display=display)  # fmt: skip

@@ -1,0 +1,50 @@
+"""Log-probabilities of given sequences: one forward pass, shared by every loss on data that is there already."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxrl.kernels.attention import Causal, Mask, Segments
+from jaxrl.kernels.log_probs import token_log_probs
+from jaxrl.nets.language_model import LanguageModel
+from jaxrl.types import TokenBatch
+
+
+def layout(segments: jax.Array | None) -> tuple[Mask, jax.Array | None]:
+    """What a model must know of rows that hold several examples: the attention mask, and positions `[B, T]`.
+
+    Args:
+      segments: `[B, T]` as in `TokenBatch`, or None: one example a row.
+    """
+    if segments is None:
+        return Causal(), None
+    columns = jnp.broadcast_to(jnp.arange(segments.shape[1])[None], segments.shape)
+    starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    first = lax.cummax(jnp.where(starts, columns, 0), axis=1)
+    return Causal() & Segments(segments), columns - first
+
+
+def log_probs_of(
+    model: LanguageModel, params, batch: TokenBatch, *, temperature: float = 1.0, chunk: int | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-prob of every token from those before it in its example.
+
+    Args:
+      model, params: the language model.
+      batch: `tokens [B, T]`, right-padded or packed. The first token of an example cannot be predicted.
+      temperature, chunk: as in `token_log_probs`.
+
+    Returns:
+      `(log_probs, entropy, mask)`, each `[B, T - 1]` float32: column `t` is of token `t + 1`. The mask is the batch's
+      loss mask, without the tokens that begin an example.
+    """
+    segments = batch.segments
+    mask, positions = layout(None if segments is None else segments[:, :-1])
+    hidden, _ = model.apply(params, batch.tokens[:, :-1], positions=positions, mask=mask)
+    log_probs, entropy = token_log_probs(
+        hidden, model.unembedding(params), batch.tokens[:, 1:], temperature=temperature, chunk=chunk
+    )
+    counted = batch.loss_mask[:, 1:]
+    if segments is not None:
+        counted = jnp.where(segments[:, 1:] == segments[:, :-1], counted, 0.0)
+    return log_probs, entropy, counted
