@@ -9,6 +9,8 @@ from typing import Any
 
 GLOSSARY = {
     "reward/mean": "mean reward of the step's completions",
+    "reward/shaped": "the same with what length adds: overlong punishment, length reward",
+    "reward/success_rate": "mean over all problems of how often each was solved lately",
     "reward/std": "mean over prompts of the standard deviation inside a group",
     "reward/zero_std": "fraction of groups whose rewards are all equal, which teach nothing",
     "policy/entropy": "mean entropy of the next-token distribution, nats",
@@ -19,6 +21,9 @@ GLOSSARY = {
     "completion/length": "mean completion length in tokens, the EOS included",
     "completion/truncated": "fraction of completions that hit the token limit",
     "sampler/log_prob_gap": "mean |trainer - sampler| log-prob of the same token: rounding, when all is well",
+    "sampler/importance": "mean weight between sampler and trainer, capped",
+    "sampling/rounds": "rounds of sampling that a step took to fill its batch",
+    "sampling/groups_kept": "fraction of the sampled groups whose rewards differ",
     "train/loss": "surrogate loss; near 0 is expected on policy, so watch reward and KL instead",
     "train/grad_norm": "global gradient norm before clipping",
     "train/skipped": "updates skipped so far because something was not finite",

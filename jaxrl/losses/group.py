@@ -303,6 +303,38 @@ def surrogate(
     return values, jax.tree.map(jax.lax.stop_gradient, diagnostics)
 
 
+def truncated_weights(
+    log_probs: jax.Array, behaviour_log_probs: jax.Array, mask: jax.Array, *, cap: float, level: str = "token"
+) -> jax.Array:
+    """Truncated importance weights between the program that sampled and the one that learns.
+
+        token          min(pi_t / mu_t, cap)
+        sequence       min(prod_t pi_t / mu_t, cap), the same for all tokens
+        sequence_mask  prod_t pi_t / mu_t, and 0 for sequences where it is beyond the cap
+
+    Two programs round differently, and filters (top-k, top-p) and old weights change mu further. (Yao et al. 2025,
+    "Your efficient RL framework secretly brings you off-policy RL training"; the last is TRL's default with vLLM.)
+
+    Args:
+      log_probs: [B, T] log pi, of the policy as it was when it sampled, by the trainer.
+      behaviour_log_probs: [B, T] log mu, by the sampler.
+      mask: [B, T], true on response tokens.
+      cap: bound on the weight.
+      level: see above.
+
+    Returns:
+      [B, T] float32 constants, to be multiplied with the loss of each token.
+    """
+    same_shape("[B, T]", log_probs=log_probs, behaviour_log_probs=behaviour_log_probs, mask=mask)
+    mask = jnp.asarray(mask, bool)
+    gap = jnp.where(mask, jnp.asarray(log_probs, jnp.float32) - behaviour_log_probs, 0.0)
+    if level not in ("token", "sequence", "sequence_mask"):
+        raise ValueError(f"level is {level!r}, expected 'token', 'sequence' or 'sequence_mask'")
+    weight = importance_ratio(gap if level == "token" else _sum(gap, mask, None))
+    weight = jnp.where(weight > cap, 0.0 if level == "sequence_mask" else cap, weight)
+    return jax.lax.stop_gradient(weight)
+
+
 def _mean(x, mask, segment_ids):
     lengths = sequence_sums(jnp.ones_like(x), mask, segment_ids=segment_ids)
     means = sequence_sums(x, mask, segment_ids=segment_ids) / jnp.maximum(lengths, 1.0)

@@ -6,6 +6,7 @@ reward runs between two (`hosted`). Both are built from the same functions, so t
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -16,7 +17,8 @@ import optax
 from jaxrl.losses import group as family
 from jaxrl.losses import kl, reduce
 from jaxrl.nets.language_model import LanguageModel
-from jaxrl.posttrain import update
+from jaxrl.posttrain import draw, update
+from jaxrl.posttrain.rewards.length import relative_length, soft_overlong
 from jaxrl.posttrain.rollout import Sampling, completion_log_probs, rollout
 from jaxrl.types import Finish, Prompts, Rollout
 
@@ -51,6 +53,28 @@ class GRPOConfig:
     """How token losses are averaged: tokens, sequences or constant."""
     mask_truncated: bool = False
     """Leave completions that hit the token limit out of the loss (DAPO's overlong filtering)."""
+    overlong_buffer: int = 0
+    """Tokens before the limit in which a punishment rises to 1 (DAPO's soft overlong punishment); 0 is none."""
+    dynamic_rounds: int = 1
+    """Rounds of sampling at most, to replace groups whose rewards are all equal (DAPO's dynamic sampling)."""
+    importance_cap: float | None = None
+    """Cap of the weight between sampler and trainer (truncated importance sampling); None is no weight."""
+    importance: str = "token"
+    """What the weight belongs to: token, sequence, or sequence_mask, which drops sequences beyond the cap."""
+    length_weight: float = 0.0
+    """Weight of the length reward inside a group (Kimi k1.5)."""
+    length_warmup: int = 0
+    """Iterations before the length reward sets in."""
+    solved: float = 1.0
+    """Reward from which on an answer counts as right, for the length reward and for success rates."""
+    prioritised: bool = False
+    """Draw problems the more often the less they were solved (Kimi k1.5)."""
+    curriculum_steps: int = 0
+    """Batches until all problems are in, the easiest first, by the data's `difficulty`; 0 is no curriculum."""
+    reset_optimizer: bool | None = None
+    """Begin each iteration with fresh moments; None does for mirror descent (Kimi k1.5), whose reference moves."""
+    reference_every: int = 0
+    """Iterations after which the reference becomes the policy; 0 keeps the first."""
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     """How completions are drawn."""
 
@@ -63,9 +87,15 @@ class GRPOConfig:
             )
         if self.sampling.temperature == 0:
             raise ValueError("sampling temperature is 0; greedy completions of a group are all equal and teach nothing")
-        for name in ("prompts", "group", "epochs"):
+        for name in ("prompts", "group", "epochs", "dynamic_rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.overlong_buffer and self.overlong_buffer > self.sampling.max_tokens:
+            raise ValueError(
+                f"overlong_buffer is {self.overlong_buffer} tokens, more than the limit of {self.sampling.max_tokens}"
+            )
+        if self.importance not in ("token", "sequence", "sequence_mask"):
+            raise ValueError(f"importance is {self.importance!r}; expected token, sequence or sequence_mask")
         named = {"kl": kl.ESTIMATORS, "scale": ("std", "none", "batch"), "reduction": reduce.REDUCTIONS}
         for name, known in named.items():
             if getattr(self, name) is not None and getattr(self, name) not in known:
@@ -89,18 +119,23 @@ class Problems:
     """Prompts and what their reward needs to know.
 
     `prompts`: of `N` problems. `answers`: a pytree whose leaves have a leading axis `N`, handed to the reward.
+    `difficulty`: `[N]`, any scale, for a curriculum; or None.
     """
 
     prompts: Prompts
     answers: Any
+    difficulty: jax.Array | None = None
 
 
 class GRPO(NamedTuple):
     """The pure functions of a run.
 
-    init: `(key, params) -> TrainState`; the reference is a copy of `params` where the KL has a weight.
-    sample: `(state, prompts [N]) -> (Rollout of prompts * group rows, rows [prompts] drawn from the N)`.
-    learn: `(state, rollout, rewards [prompts * group]) -> (state, metrics)`; advances `state.step`.
+    init: `(key, params, problems = 0) -> TrainState`; the reference is a copy of `params` where the KL has a weight;
+      the number of problems is needed where they are prioritised.
+    sample: `(state, problems) -> (state, Rollout of prompts * group rows, rows [prompts] drawn from the N)`; advances
+      `state.drawn`.
+    learn: `(state, rollout, rewards [prompts * group], rows = None) -> (state, metrics)`; advances `state.step`. The
+      rows are needed where problems are prioritised.
     """
 
     init: Callable
@@ -136,32 +171,42 @@ def make(
         model, params, completions, temperature=config.sampling.temperature
     )
 
-    def init(key, params):
-        reference = jax.tree.map(jnp.copy, params) if row.kl_coef else None
-        return update.init_state(params, optimizer, key, reference=reference)
+    resets = row.form == "mirror" if config.reset_optimizer is None else config.reset_optimizer
 
-    def sample(state, prompts: Prompts):
-        rows = update.epoch_batch(state.key, state.step, batch=config.prompts, examples=prompts.tokens.shape[0])
+    def init(key, params, problems: int = 0):
+        reference = jax.tree.map(jnp.copy, params) if row.kl_coef else None
+        success = jnp.zeros(problems) if config.prioritised else None
+        return update.init_state(params, optimizer, key, reference=reference, success=success)
+
+    def sample(state, problems: Problems):
+        rows = draw.problems(
+            state,
+            problems.difficulty,
+            batch=config.prompts,
+            number=problems.prompts.tokens.shape[0],
+            prioritised=config.prioritised,
+            curriculum_steps=config.curriculum_steps,
+        )
         completions = rollout(
             model,
             state.params,
-            constrain(jax.tree.map(lambda x: x[rows], prompts)),
-            _step_key(state, 0),
+            constrain(jax.tree.map(lambda x: x[rows], problems.prompts)),
+            _key(state, state.drawn, 0),
             sampling=config.sampling,
             eos_id=eos_id,
             pad_id=pad_id,
             samples=config.group,
             stop=stop,
         )
-        return constrain(completions), rows
+        return dataclasses.replace(state, drawn=state.drawn + 1), constrain(completions), rows
 
     def loss(params, part):
         log_probs, entropy = log_probs_of(params, part["rollout"])
-        mask = part["mask"]
+        mask, behaviour = part["mask"], part["rollout"].behaviour_log_probs
         values, diagnostics = family.loss(
             log_probs, part["old"], part["reference"], part["advantages"], mask, variant=row
         )
-        gap = jnp.abs(log_probs - part["rollout"].behaviour_log_probs)
+        gap = jnp.abs(log_probs - behaviour)
         watched = {
             "policy/entropy": entropy,
             "policy/ratio_mean": diagnostics["ratio"],
@@ -171,12 +216,31 @@ def make(
         }
         if part["reference"] is not None:
             watched["policy/kl"] = diagnostics["kl_ref"]
+        if config.importance_cap is not None:
+            old = jax.lax.stop_gradient(log_probs) if part["old"] is None else part["old"]
+            weights = family.truncated_weights(old, behaviour, mask, cap=config.importance_cap, level=config.importance)
+            values, watched["sampler/importance"] = values * weights, weights
         watched = {name: reduce.tokens(jax.lax.stop_gradient(value), mask) for name, value in watched.items()}
         return reduction(values, mask), watched
 
-    def learn(state, completions: Rollout, rewards):
-        rewards = rewards.reshape(config.prompts, config.group)
+    def shaped(state, completions: Rollout, rewards):
+        """The rewards that are learnt from: the task's own, and what length adds."""
+        lengths = completions.lengths.reshape(rewards.shape)
+        if config.overlong_buffer:
+            limit = config.sampling.max_tokens
+            rewards = rewards + soft_overlong(lengths, limit=limit, buffer=config.overlong_buffer)
+        if config.length_weight:
+            weight = jnp.where(state.step >= config.length_warmup, config.length_weight, 0.0)
+            rewards = rewards + weight * relative_length(lengths, rewards >= config.solved)
+        return rewards
+
+    def learn(state, completions: Rollout, rewards, rows=None):
+        raw = rewards.reshape(config.prompts, config.group)
+        rewards = shaped(state, completions, raw)
         mask = completions.mask
+        if resets:
+            fresh = update.reset_moments(state.opt_state, state.params, optimizer)
+            state = dataclasses.replace(state, opt_state=fresh)
         if config.mask_truncated:
             mask = mask * (completions.finish != Finish.LENGTH)[:, None]
         old = log_probs_of(state.params, completions)[0] if updates > 1 or (row.kl_coef and row.kl_in_reward) else None
@@ -200,15 +264,26 @@ def make(
         if updates == 1:
             state, metrics = one(state, batch)
         else:
-            order = _shuffles(_step_key(state, 1), config, rows=mask.shape[0])
+            order = _shuffles(_key(state, state.step, 1), config, rows=mask.shape[0])
             state, stacked = jax.lax.scan(
                 lambda state, rows: one(state, jax.tree.map(lambda x: x[rows], batch)), state, order
             )
             metrics = {
                 name: values[-1] if name == "train/skipped" else values.mean() for name, values in stacked.items()
             }
-        metrics |= summary(completions, rewards)
-        return dataclasses.replace(state, step=state.step + 1), metrics
+        metrics |= summary(completions, raw)
+        if config.overlong_buffer or config.length_weight:
+            metrics["reward/shaped"] = jnp.nanmean(rewards)
+        changes: dict[str, Any] = {"step": state.step + 1}
+        if config.prioritised:
+            assert rows is not None, "prioritised problems need the rows that were drawn"
+            changes["success"] = draw.record(state.success, rows, raw, solved=config.solved)
+            metrics["reward/success_rate"] = changes["success"].mean()
+        if config.reference_every and row.kl_coef:
+            due = changes["step"] % config.reference_every == 0
+            take = lambda new, old: jnp.where(due, new, old)
+            changes["reference"] = jax.tree.map(take, state.params, state.reference)
+        return dataclasses.replace(state, **changes), metrics
 
     return GRPO(init, sample, learn)
 
@@ -236,34 +311,75 @@ def fused(grpo: GRPO, reward: Callable[[Rollout, Any], jax.Array], config: GRPOC
       config: that of `make`.
     """
 
-    def step(state, problems: Problems):
-        completions, rows = grpo.sample(state, problems.prompts)
+    def scored(state, problems: Problems):
+        state, completions, rows = grpo.sample(state, problems)
         answers = jax.tree.map(lambda x: jnp.repeat(x[rows], config.group, axis=0), problems.answers)
-        return grpo.learn(state, completions, reward(completions, answers))
+        return state, draw.Round(completions, reward(completions, answers), rows)
+
+    def step(state, problems: Problems):
+        state, first = scored(state, problems)
+        if config.dynamic_rounds == 1:
+            return grpo.learn(state, *first)
+
+        def again(carry):
+            state, full, number = carry
+            state, fresh = scored(state, problems)
+            return state, draw.refill(full, fresh), number + 1
+
+        unfilled = lambda carry: (carry[1].filled < config.prompts) & (carry[2] < config.dynamic_rounds)
+        state, full, rounds = jax.lax.while_loop(unfilled, again, (state, draw.begin(first), jnp.int32(1)))
+        return _learn_full(grpo, config, state, full, rounds)
 
     return step
 
 
-def hosted(grpo: GRPO, reward: Callable[[Rollout, Any], Any]) -> Callable:
+def hosted(grpo: GRPO, reward: Callable[[Rollout, Any], Any], config: GRPOConfig) -> Callable:
     """The same iteration with Python between two programs; for `loop.run(..., jit=False)`.
 
     Args:
       grpo: from `make`.
       reward: `(rollout on the host, rows [prompts] of the problems) -> [B]` numbers, NaN where there is none.
+      config: that of `make`.
     """
     sample, learn = jax.jit(grpo.sample), jax.jit(grpo.learn, donate_argnums=0)
+    begin, refill = jax.jit(draw.begin), jax.jit(draw.refill)
+    learn_full = jax.jit(partial(_learn_full, grpo, config), donate_argnums=0)
+
+    def scored(state, problems: Problems):
+        state, completions, rows = sample(state, problems)
+        rewards = reward(jax.device_get(completions), jax.device_get(rows))
+        return state, draw.Round(completions, jnp.asarray(rewards, jnp.float32), rows)
 
     def step(state, problems: Problems):
-        completions, rows = sample(state, problems.prompts)
-        rewards = reward(jax.device_get(completions), jax.device_get(rows))
-        return learn(state, completions, jnp.asarray(rewards, jnp.float32))
+        state, fresh = scored(state, problems)
+        if config.dynamic_rounds == 1:
+            return learn(state, *fresh)
+        full, rounds = begin(fresh), 1
+        while full.filled < config.prompts and rounds < config.dynamic_rounds:
+            state, fresh = scored(state, problems)
+            full, rounds = refill(full, fresh), rounds + 1
+        return learn_full(state, full, jnp.int32(rounds))
 
     return step
 
 
-def _step_key(state: update.TrainState, use: int) -> jax.Array:
-    """A key of its own for each step and use; the permutations of `epoch_batch` use the epoch's number instead."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(state.key, 1 << 30), state.step), use)
+def _learn_full(grpo: GRPO, config: GRPOConfig, state, full: draw.Full, rounds):
+    """Learns from a filled batch; places that stayed free have no reward."""
+    free = jnp.arange(config.prompts)[:, None] >= full.filled
+    rewards = jnp.where(free, jnp.nan, full.groups.rewards).reshape(-1)
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), full.groups.completions)
+    state, metrics = grpo.learn(state, flat, rewards, full.groups.rows)
+    found = full.taught / (rounds * config.prompts)
+    return state, metrics | {
+        "sampling/rounds": rounds.astype(jnp.float32),
+        "sampling/groups_kept": found,
+        "throughput/tokens": full.tokens,
+    }
+
+
+def _key(state: update.TrainState, number: jax.Array, use: int) -> jax.Array:
+    """A key of its own for each step (or round of sampling) and use; `epoch_batch` uses the epoch's number instead."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(state.key, 1 << 30), number), use)
 
 
 def _shuffles(key: jax.Array, config: GRPOConfig, *, rows: int) -> jax.Array:

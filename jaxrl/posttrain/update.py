@@ -74,9 +74,11 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 class TrainState:
     """One run as one pytree: checkpointing it is checkpointing the run.
 
-    `step`: iterations done, and so the data cursor. `params`, `opt_state`: what is trained. `key`: the run's random
-    key, never changed: each step folds its number in. `reference`: frozen parameters for a KL term, or None.
-    `skipped`: updates skipped because something was not finite, in all; `skipped_in_a_row`: since the last good one.
+    `step`: iterations done. `drawn`: batches of problems drawn, the data cursor of loops that may draw several in a
+    step. `params`, `opt_state`: what is trained. `key`: the run's random key, never changed: each step folds its number
+    in. `reference`: frozen parameters for a KL term, or None. `success`: how often each problem was solved, where
+    problems are drawn by it. `skipped`: updates skipped because something was not finite, in all; `skipped_in_a_row`:
+    since the last good one.
     """
 
     step: jax.Array
@@ -86,9 +88,13 @@ class TrainState:
     reference: Any
     skipped: jax.Array
     skipped_in_a_row: jax.Array
+    drawn: jax.Array
+    success: Any = None
 
 
-def init_state(params, optimizer: optax.GradientTransformation, key: jax.Array, *, reference=None) -> TrainState:
+def init_state(
+    params, optimizer: optax.GradientTransformation, key: jax.Array, *, reference=None, success=None
+) -> TrainState:
     """The state before the first step. `key` is kept for the whole run.
 
     Parameters and key are copied: a loop donates its state, and the caller's own stay alive.
@@ -102,6 +108,8 @@ def init_state(params, optimizer: optax.GradientTransformation, key: jax.Array, 
         reference=reference,
         skipped=zero(),
         skipped_in_a_row=zero(),
+        drawn=zero(),
+        success=success,
     )
 
 
@@ -188,6 +196,13 @@ def apply_gradients(
     )
     metrics = {"train/loss": loss, "train/grad_norm": norm, "train/skipped": state.skipped}
     return state, metrics
+
+
+def reset_moments(opt_state, params, optimizer: optax.GradientTransformation):
+    """The optimizer's state as at the start, but for its place in the learning-rate schedule."""
+    schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)
+    keep = lambda new, old: old if schedule(old) else new
+    return jax.tree.map(keep, optimizer.init(params), opt_state, is_leaf=schedule)
 
 
 def is_finite(params) -> jax.Array:

@@ -530,3 +530,19 @@ ONES = np.ones((2, 3))
 def test_errors_say_what_to_do(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_mask"])
+def test_truncated_weights(level):
+    rng = np.random.default_rng(0)
+    new, old = rng.normal(size=(2, 6, 5)).astype(np.float32)
+    mask = np.arange(5)[None] < rng.integers(0, 6, (6, 1))
+    got = group.truncated_weights(jnp.asarray(new), jnp.asarray(old), jnp.asarray(mask), cap=1.7, level=level)
+    for row in range(6):
+        gaps = [new[row, t] - old[row, t] if mask[row, t] else 0.0 for t in range(5)]
+        for t in range(5):
+            ratio = np.exp(gaps[t] if level == "token" else sum(gaps))
+            want = min(ratio, 1.7) if level != "sequence_mask" or ratio <= 1.7 else 0.0
+            np.testing.assert_allclose(got[row, t], want, rtol=1e-5)
+    slope = jax.grad(lambda x: group.truncated_weights(x, old, mask, cap=1.7, level=level).sum())(jnp.asarray(new))
+    assert not slope.any()

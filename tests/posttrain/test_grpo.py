@@ -1,5 +1,6 @@
 """GRPO's iteration: against a plain policy gradient, with and without Python in between, on one device and on eight."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from jaxrl import loop, parallel
 from jaxrl.losses.group import PRESETS
 from jaxrl.posttrain import grpo, update
+from jaxrl.posttrain.rewards import relative_length, soft_overlong
 from jaxrl.posttrain.rollout import Sampling
 from jaxrl.types import Finish
 
@@ -47,7 +49,7 @@ def test_update_is_the_policy_gradient(model, params, problems):
     """On policy: the gradient of -mean over sequences of mean over tokens of A log pi, written out in plain numpy."""
     recipe, step = build(model, grpo.GRPOConfig(prompts=4, group=4, kl_coef=0.0, sampling=SAMPLING))
     state = recipe.init(jax.random.key(0), params)
-    rollout, rows = jax.jit(recipe.sample)(state, problems.prompts)
+    _, rollout, rows = jax.jit(recipe.sample)(state, problems)
     rewards = share_of_even_tokens(rollout, jnp.repeat(problems.answers[rows], 4))
     groups = np.asarray(rewards, np.float64).reshape(4, 4)
     advantages = (groups - groups.mean(1, keepdims=True)) / (groups.std(1, ddof=1, keepdims=True) + 1e-6)
@@ -84,7 +86,7 @@ def test_python_reward_gives_the_same_run(model, params, problems):
         return np.asarray(share_of_even_tokens(rollout, np.repeat(np.asarray(problems.answers)[rows], 4)))
 
     outcomes = []
-    for one, jit in ((step, True), (grpo.hosted(recipe, on_host), False)):
+    for one, jit in ((step, True), (grpo.hosted(recipe, on_host, SMALL), False)):
         state = recipe.init(jax.random.key(1), jax.tree.map(jnp.copy, params))
         *_, last = loop.run(one, state, problems, steps=3, chunk=3, jit=jit)
         outcomes.append(last)
@@ -130,9 +132,9 @@ def test_every_variant_learns(variant, sample, model, params, problems):
     recipe = grpo.make(config, model, optax.adam(2e-3), eos_id=EOS, pad_id=PAD)
     learn, state, rewards = jax.jit(recipe.learn), recipe.init(jax.random.key(3), params), []
     for _ in range(16):
-        rollout, rows = sample(state, problems.prompts)
+        state, rollout, rows = sample(state, problems)
         scores = share_of_even_tokens(rollout, jnp.repeat(problems.answers[rows], 8))
-        state, metrics = learn(state, rollout, scores)
+        state, metrics = learn(state, rollout, scores, rows)
         rewards.append(float(metrics["reward/mean"]))
     assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.1, rewards
 
@@ -151,9 +153,9 @@ def test_missing_rewards_count_for_nothing(model, params, problems):
     """A NaN reward leaves its completion out: the others are compared with each other."""
     recipe, _ = build(model, grpo.GRPOConfig(prompts=4, group=4, kl_coef=0.0, sampling=SAMPLING))
     state = recipe.init(jax.random.key(0), params)
-    rollout, _ = jax.jit(recipe.sample)(state, problems.prompts)
+    state, rollout, rows = jax.jit(recipe.sample)(state, problems)
     rewards = jnp.asarray(np.random.default_rng(0).random(16), jnp.float32).at[5].set(jnp.nan)
-    _, metrics = jax.jit(recipe.learn)(state, rollout, rewards)
+    _, metrics = jax.jit(recipe.learn)(state, rollout, rewards, rows)
     np.testing.assert_allclose(metrics["reward/mean"], np.nanmean(rewards), rtol=1e-6)
     assert np.isfinite(metrics["train/grad_norm"]) and metrics["train/skipped"] == 0
 
@@ -164,7 +166,7 @@ def test_truncated_completions_can_be_left_out(model, params, problems):
     recipe, _ = build(model, grpo.GRPOConfig(mask_truncated=True, **options))
     plain, _ = build(model, grpo.GRPOConfig(**options))
     state = recipe.init(jax.random.key(0), params)
-    rollout, _ = jax.jit(recipe.sample)(state, problems.prompts)
+    state, rollout, rows = jax.jit(recipe.sample)(state, problems)
     cut = rollout.finish == Finish.LENGTH
     assert 0 < cut.sum() < 16
     learn, rewards = jax.jit(recipe.learn), jnp.arange(16.0) % 5
@@ -176,9 +178,114 @@ def test_truncated_completions_can_be_left_out(model, params, problems):
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (filtered.params, state.params)), strict=True))
 
 
+def only_some_teach(rollout, answers):
+    """Groups of problems whose answer is negative have equal rewards."""
+    return jnp.where(answers < 0, 0.3, share_of_even_tokens(rollout, 0.0))
+
+
+def test_dynamic_sampling_keeps_the_batch_full(model, params, problems):
+    """Groups that teach nothing are replaced by those of the next draw; fused and hosted do the same."""
+    config = grpo.GRPOConfig(prompts=2, group=4, kl_coef=0.0, dynamic_rounds=8, sampling=SAMPLING)
+    problems = problems.replace(answers=jnp.asarray([-1.0, -1.0, -1.0, 0.0]))  # one of four teaches
+    recipe, _ = build(model, config)
+
+    def on_host(rollout, rows):
+        answers = np.repeat(np.asarray(problems.answers)[rows], 4)
+        return np.asarray(only_some_teach(rollout, answers))
+
+    start = recipe.init(jax.random.key(1), params)
+    fused, metrics = jax.jit(grpo.fused(recipe, only_some_teach, config))(start, problems)
+    hosted, same = grpo.hosted(recipe, on_host, config)(jax.tree.map(jnp.copy, start), problems)
+    assert metrics["sampling/rounds"] == fused.drawn == hosted.drawn and 3 <= fused.drawn <= 4
+    np.testing.assert_allclose(metrics["sampling/groups_kept"], 2 / (2 * fused.drawn))
+    assert metrics["reward/zero_std"] == 0 and fused.step == 1
+    close(fused.params, hosted.params, atol=1e-6)
+    np.testing.assert_allclose([metrics[name] for name in sorted(same)], [same[n] for n in sorted(same)], atol=1e-5)
+    after, metrics = jax.jit(grpo.fused(recipe, lambda *_: jnp.full(8, 0.5), config))(start, problems)
+    assert metrics["sampling/rounds"] == 8 and metrics["sampling/groups_kept"] == 0
+    jax.tree.map(np.testing.assert_array_equal, after.params, start.params)
+
+
+def test_shaping_by_length_is_added_to_the_reward(model, params, problems):
+    config = grpo.GRPOConfig(prompts=4, group=4, kl_coef=0.0, sampling=SAMPLING)
+    shaping = {"overlong_buffer": 2, "length_weight": 0.7, "length_warmup": 0, "solved": 0.5}
+    plain, (shaped, _) = build(model, config)[0], build(model, dataclasses.replace(config, **shaping))
+    state = plain.init(jax.random.key(0), params)
+    _, rollout, _ = jax.jit(plain.sample)(state, problems)
+    rewards = jnp.asarray(np.random.default_rng(0).random(16), jnp.float32)
+    lengths = rollout.lengths.reshape(4, 4)
+    extra = relative_length(lengths, rewards.reshape(4, 4) >= 0.5) * 0.7
+    extra += soft_overlong(lengths, limit=SAMPLING.max_tokens, buffer=2)
+    want, _ = jax.jit(plain.learn)(state, rollout, rewards + extra.reshape(-1))
+    got, metrics = jax.jit(shaped.learn)(state, rollout, rewards)
+    close(got.params, want.params, atol=1e-6)
+    np.testing.assert_allclose(metrics["reward/mean"], rewards.mean(), rtol=1e-6)
+    np.testing.assert_allclose(metrics["reward/shaped"], rewards.mean() + extra.mean(), rtol=1e-5)
+    later, _ = build(model, dataclasses.replace(config, length_weight=0.7, length_warmup=1))
+    close(
+        jax.jit(later.learn)(state, rollout, rewards)[0].params,
+        jax.jit(plain.learn)(state, rollout, rewards)[0].params,
+        0,
+    )
+
+
+def test_importance_weights_between_sampler_and_trainer(model, params, problems):
+    """With the sampler's log-probs shifted, each token's loss is weighted by min(pi / mu, cap)."""
+    config = grpo.GRPOConfig(prompts=4, group=4, kl_coef=0.0, importance_cap=1.5, sampling=SAMPLING)
+    recipe, (plain, _) = build(model, config)[0], build(model, dataclasses.replace(config, importance_cap=None))
+    state = recipe.init(jax.random.key(0), params)
+    _, rollout, _ = jax.jit(plain.sample)(state, problems)
+    rewards = jnp.asarray(np.random.default_rng(0).random(16), jnp.float32)
+    same, metrics = jax.jit(recipe.learn)(state, rollout, rewards)
+    want, _ = jax.jit(plain.learn)(state, rollout, rewards)
+    close(same.params, want.params, atol=1e-5)  # on policy the weights are 1
+    np.testing.assert_allclose(metrics["sampler/importance"], 1.0, atol=1e-5)
+    for shift, weight in ((-1.0, 1.5), (1.0, np.exp(-1.0))):
+        moved = rollout.replace(behaviour_log_probs=rollout.behaviour_log_probs + shift)
+        got, _ = jax.jit(recipe.learn)(state, moved, rewards)
+        expected = jax.tree.map(lambda a, b, w=weight: a + w * (b - a), state.params, want.params)
+        close(got.params, expected, atol=1e-5)
+
+
+def test_moments_begin_anew_but_the_schedule_goes_on(model, params, problems):
+    optimizer = optax.adam(optax.linear_schedule(1e-2, 0.0, 10))
+    config = grpo.GRPOConfig(variant="kimi", prompts=4, group=4, epochs=2, sampling=SAMPLING)
+    recipe = grpo.make(config, model, optimizer, eos_id=EOS, pad_id=PAD)
+    step = jax.jit(grpo.fused(recipe, share_of_even_tokens, config))
+    state = recipe.init(jax.random.key(0), params)
+    for _ in range(2):
+        state, _ = step(state, problems)
+    moments, schedule = state.opt_state
+    assert moments.count == 2 and schedule.count == 4  # two updates an iteration
+
+
+def test_the_reference_follows_the_policy(model, params, problems):
+    config = grpo.GRPOConfig(prompts=4, group=4, kl_coef=0.1, reference_every=2, sampling=SAMPLING)
+    recipe, step = build(model, config)
+    state = recipe.init(jax.random.key(0), params)
+    state, _ = jax.jit(step)(state, problems)
+    close(state.reference, params, 0)
+    state, _ = jax.jit(step)(state, problems)
+    close(state.reference, state.params, 0)
+
+
+def test_problems_are_prioritised_by_success(model, params, problems):
+    config = grpo.GRPOConfig(prompts=2, group=4, kl_coef=0.0, prioritised=True, solved=0.5, sampling=SAMPLING)
+    recipe, _ = build(model, config)
+    step = jax.jit(grpo.fused(recipe, lambda rollout, answers: (answers > 0).astype(jnp.float32), config))
+    state = recipe.init(jax.random.key(0), params, problems=4)
+    for _ in range(8):
+        state, metrics = step(state, problems)
+    assert state.success[jnp.asarray([1, 3])].min() > 0.5 and state.success[jnp.asarray([0, 2])].max() == 0
+    np.testing.assert_allclose(metrics["reward/success_rate"], state.success.mean())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"overlong_buffer": 99}, "overlong_buffer is 99 tokens, more than the limit of"),
+        ({"importance": "words"}, "importance is 'words'; expected token, sequence or sequence_mask"),
+        ({"dynamic_rounds": 0}, "dynamic_rounds is 0; expected at least 1"),
         ({"variant": "gpro"}, "variant is 'gpro'; expected one of grpo"),
         ({"group": 1}, "group is 1; grpo compares completions of one prompt and needs at least 2"),
         ({"sampling": Sampling(temperature=0.0)}, "temperature is 0; greedy completions"),

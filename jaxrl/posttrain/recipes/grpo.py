@@ -3,6 +3,8 @@
 import dataclasses
 from functools import partial
 
+import jax.numpy as jnp
+
 from jaxrl.display import Display
 from jaxrl.posttrain import grpo, rewards, task, update
 from jaxrl.posttrain.grpo import GRPOConfig
@@ -36,6 +38,7 @@ def train_grpo(run: GRPORun, *, resume: bool = False, display: Display | None = 
     """Post-trains on prompts with answers, or with a Python reward. Arguments, result and errors as `train_sft`."""
     run = dataclasses.replace(run, out=run.out or "runs/grpo")
     needed = ("prompt",) if run.reward else ("prompt", "answer")
+    needed += ("difficulty",) if run.grpo.curriculum_steps else ()
     max_tokens = run.grpo.sampling.max_tokens
     setup = prepare(run, columns=needed, max_tokens=max_tokens)
     tokenizer, training = setup.task.tokenizer, setup.task.training
@@ -64,12 +67,21 @@ def train_grpo(run: GRPORun, *, resume: bool = False, display: Display | None = 
             records = [training[row] for row in rows]
             return score_texts(reward, completions, records, tokenizer, samples=run.grpo.group)
 
-        step, answers = grpo.hosted(recipe, score), None
+        step, answers = grpo.hosted(recipe, score, run.grpo), None
         evaluation = text_evaluation(setup, max_tokens, reward, exact=not run.reward)
     else:
         reward = partial(rewards.exact_answer, marker=marker_id(setup.task))
         step, answers = grpo.fused(recipe, reward, run.grpo), task.answers_of(training, tokenizer)
         evaluation = exact_evaluation(setup, max_tokens)
-    problems = grpo.Problems(prompts, answers)
-    return drive("grpo", run, setup, recipe.init, step, problems, evaluation,
+    problems = grpo.Problems(prompts, answers, _difficulty(training) if run.grpo.curriculum_steps else None)
+    init = partial(recipe.init, problems=len(training))
+    return drive("grpo", run, setup, init, step, problems, evaluation,
                   max_tokens=max_tokens, jit=answers is not None, resume=resume, display=display)  # fmt: skip
+
+
+def _difficulty(training: list) -> jnp.ndarray:
+    values = [record["difficulty"] for record in training]
+    wrong = next((x for x in values if isinstance(x, bool) or not isinstance(x, int | float)), None)
+    if wrong is not None:
+        raise ValueError(f"the column `difficulty` holds {wrong!r}; expected a number for every problem")
+    return jnp.asarray(values, jnp.float32)

@@ -11,3 +11,5 @@ from jaxrl.posttrain.rewards.exact import exact_text as exact_text
 from jaxrl.posttrain.rewards.host import Reward as Reward
 from jaxrl.posttrain.rewards.host import load_reward as load_reward
 from jaxrl.posttrain.rewards.host import score as score
+from jaxrl.posttrain.rewards.length import relative_length as relative_length
+from jaxrl.posttrain.rewards.length import soft_overlong as soft_overlong
