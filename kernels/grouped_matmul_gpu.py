@@ -63,13 +63,14 @@ def rows(x: jax.Array, w: jax.Array, sizes: jax.Array, *, transposed: bool, dtyp
     (m, depth), experts, columns = x.shape, w.shape[0], w.shape[1 if transposed else 2]
     if m == 0:
         return jnp.zeros((0, columns), dtype)
-    table = visits(jnp.append(sizes, m - jnp.sum(sizes)), m)  # what no group has is one more group, without a matrix
+    *table, count = visits(
+        jnp.append(sizes, m - jnp.sum(sizes)), m
+    )  # what no group has is one more group, without a matrix
     across = -(-columns // COLUMNS)
 
-    def tile(unit, refs, wg, buffers):
-        (groups, firsts, starts, stops, _), x, w, y = refs
-        visit, column = lax.div(unit, across), lax.rem(unit, across) * COLUMNS
-        group, first = groups[visit], pl.multiple_of(firsts[visit], ALIGNED)
+    def tile(entry, nth, refs, wg, buffers):
+        (group, first, start, stop), (x, w, y) = entry, refs
+        first, column = pl.multiple_of(first, ALIGNED), nth * COLUMNS
 
         def copy(n, slot):
             ready = buffers["ready"].at[slot]
@@ -88,12 +89,11 @@ def rows(x: jax.Array, w: jax.Array, sizes: jax.Array, *, transposed: bool, dtyp
             return y.at[pl.ds(first + row, size), pl.ds(column + piece * PIECE, PIECE)]
 
         steps = jnp.where(group < experts, depth // STEP, 0)
-        return Tile(steps, steps, copy, factors, None, starts[visit], stops[visit], target)
+        return Tile(steps, steps, copy, factors, None, start, stop, target)
 
     b_tile = (COLUMNS, STEP) if transposed else (STEP, COLUMNS)
     x, out = _pad(x, 0, ALIGNED), jax.ShapeDtypeStruct((m, columns), dtype)
-    most = table[0].shape[0] * across
-    return _call("rows", tile, lambda refs: refs[0][4][0] * across, most, table, (x, w), b_tile, out)
+    return _call("rows", tile, across, table, count, (x, w), b_tile, out)
 
 
 def outer(x: jax.Array, y: jax.Array, sizes: jax.Array, *, dtype: Any) -> jax.Array:
@@ -111,11 +111,9 @@ def outer(x: jax.Array, y: jax.Array, sizes: jax.Array, *, dtype: Any) -> jax.Ar
     down, across = -(-k // ROWS), -(-n // COLUMNS)
     stops = jnp.cumsum(sizes)
 
-    def tile(unit, refs, wg, buffers):
-        (starts, stops), x, y, out = refs
-        group, rest = lax.div(unit, down * across), lax.rem(unit, down * across)
-        row, column = lax.div(rest, across) * ROWS, lax.rem(rest, across) * COLUMNS
-        start, stop = starts[group], stops[group]
+    def tile(entry, nth, refs, wg, buffers):
+        (group, start, stop), (x, y, out) = entry, refs
+        row, column = lax.div(nth, across) * ROWS, lax.rem(nth, across) * COLUMNS
         first = start & -ALIGNED
         steps = jnp.where(stop > start, lax.div(stop - first + STEP - 1, STEP), 0)
         begun = (first < start).astype(jnp.int32)  # the first step reaches into the group before
@@ -153,8 +151,9 @@ def outer(x: jax.Array, y: jax.Array, sizes: jax.Array, *, dtype: Any) -> jax.Ar
         return Tile(steps, full, copy, factors, clear, 0, jnp.minimum(k - row, ROWS), target)
 
     x, y = (_pad(rows, 0, ALIGNED) for rows in (x, y))
-    result, most = jax.ShapeDtypeStruct((experts, k, n), dtype), experts * down * across
-    return _call("outer", tile, lambda refs: most, most, (stops - sizes, stops), (x, y), (STEP, COLUMNS), result)
+    result, groups = jax.ShapeDtypeStruct((experts, k, n), dtype), jnp.arange(experts, dtype=jnp.int32)
+    count, table = jnp.full(1, experts, jnp.int32), (groups, stops - sizes, stops)
+    return _call("outer", tile, down * across, table, count, (x, y), (STEP, COLUMNS), result)
 
 
 def visits(sizes: jax.Array, m: int) -> tuple[jax.Array, ...]:
@@ -171,7 +170,8 @@ def visits(sizes: jax.Array, m: int) -> tuple[jax.Array, ...]:
     ends = jnp.cumsum(counts)
     most = (m + (ALIGNED + ROWS - 2) * sizes.shape[0]) // ROWS
     visit = jnp.arange(most, dtype=jnp.int32)
-    group = jnp.minimum(jnp.searchsorted(ends, visit, side="right"), sizes.shape[0] - 1).astype(jnp.int32)
+    group = jnp.searchsorted(ends, visit, side="right", method="compare_all")  # one GPU kernel, where a scan is many
+    group = jnp.minimum(group, sizes.shape[0] - 1).astype(jnp.int32)
     row = firsts[group] + (visit - ends[group] + counts[group]) * ROWS
     return group, row, jnp.maximum(starts[group] - row, 0), jnp.minimum(stops[group] - row, ROWS), ends[-1:]
 
@@ -189,24 +189,34 @@ class Tile(NamedTuple):
     target: Callable  # (first row, rows, piece): .. and where
 
 
-def _call(name: str, tile: Callable, count: Callable, most: int, tables, inputs, b_tile, result):
-    """Goes through the tiles tile(unit, refs, warpgroup, buffers) of unit < count(refs) <= most."""
+def _call(name: str, tile: Callable, each: int, table, count, inputs, b_tile, result):
+    """Goes through tile(entry, nth, refs, warpgroup, buffers), nth < each, for the first `count` entries of the table.
+
+    The table is int32 [V] for each number of an entry.
+    """
+    most = table[0].shape[0] * each
     blocks = min(BLOCKS, most)
 
-    def kernel(*refs, **buffers):
-        refs = (refs[: len(tables)], *refs[len(tables) :])
+    def kernel(count, *refs, **buffers):
+        table_refs, refs = refs[: len(table)], refs[len(table) :]
         block, wg = lax.axis_index("block"), lax.axis_index("warpgroup")
-        units = lax.div(count(refs) - block + blocks - 1, blocks)
+        tiles = lax.div(count[0] * each - block + blocks - 1, blocks)
+
+        def entry(unit):
+            return tuple(ref[lax.div(unit, each)] for ref in table_refs)
 
         def over_tiles(visit):
             """Folds the number of steps that are done over visit(tile, done)."""
 
-            def one(i, done):
-                this = tile(block + i * blocks, refs, wg, buffers)
+            def one(i, carry):
+                done, now = carry
+                unit = block + i * blocks
+                after = entry(jnp.minimum(unit + blocks, most - 1))  # it will have come by then
+                this = tile(now, lax.rem(unit, each), refs, wg, buffers)
                 visit(this, done)
-                return done + this.steps
+                return done + this.steps, after
 
-            lax.fori_loop(0, units, one, jnp.int32(0))
+            lax.fori_loop(0, tiles, one, (jnp.int32(0), entry(block)))
 
         @pl.when(wg < GROUPS)
         def _():
@@ -237,7 +247,7 @@ def _call(name: str, tile: Callable, count: Callable, most: int, tables, inputs,
         num_threads=GROUPS + 1,
         thread_name="warpgroup",
         kernel_name=f"grouped_matmul_{name}",
-    )(*tables, *inputs)
+    )(count, *table, *inputs)
     return vary_alike(made, *inputs)[0]
 
 

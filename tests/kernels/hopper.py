@@ -43,6 +43,7 @@ class Memory:
 
     def __init__(self, array: np.ndarray, space: str = "regs"):
         self.array, self.space, self.uncommitted = array, space, False
+        self.tile = 1  # rows: TMA copies tiles to and from where one may start
         self.written = np.zeros(array.shape, bool)
 
 
@@ -109,6 +110,11 @@ class View:
             self.memory.written[index] = True
         target = self.memory.array[index]
         self.memory.array[index] = np.asarray(values)[tuple(slice(n) for n in target.shape)]
+
+
+def check_tiles(in_global: View, in_shared: View):
+    tile, spans = in_shared.memory.tile, [d for d in in_global.dims if isinstance(d, tuple)]
+    assert tile == 1 or spans[-2][0] % tile == 0, f"a copy in tiles of {tile} rows starts at row {spans[-2][0]}"
 
 
 def run(f, *args, seed: int = 0) -> tuple[Any, Counter]:
@@ -244,9 +250,12 @@ class Thread:
             if "barrier" in str(aval):
                 self.shared[variable] = [Barrier(aval.dtype.num_arrivals) for _ in range(shape[0])]
             else:
-                if any(type(t).__name__ == "UntilingTransform" for t in transforms):
+                tiled = any(type(t).__name__ == "UntilingTransform" for t in transforms)
+                tile = shape[-2] if tiled else 1
+                if tiled:
                     shape = (*shape[:-4], shape[-4] * shape[-2], shape[-3] * shape[-1])
                 self.shared[variable] = Memory(poison(shape, aval.dtype), "smem")
+                self.shared[variable].tile = tile
         return self.shared[variable]
 
     def do_run_state(self, values, eqn):
@@ -292,6 +301,7 @@ class Thread:
             views.append(self.view(memory, tree, leaves[: tree.num_leaves]))
             leaves = leaves[tree.num_leaves :]
         source, target = views
+        check_tiles(source, target)
         target.write(poison(target.read().shape, target.memory.array.dtype))
         barrier = self.barrier(values[2], trees[2], leaves)
         barrier.arrive(lambda: target.write(source.read(clip=True)))
@@ -305,6 +315,7 @@ class Thread:
         source = self.view(values[0], p["src_transforms_treedef"], values[2 : 2 + n])
         target = self.view(values[1], p["dst_transforms_treedef"], values[2 + n :])
         assert not source.memory.uncommitted, "copy of shared memory that is not committed"
+        check_tiles(target, source)
         self.stores.append(lambda: target.write(source.read(), clip=True))
         yield lambda: True
         return []
@@ -351,7 +362,8 @@ class Thread:
         a, b = operands
 
         def multiply(accumulator=values[0].array):
-            accumulator += a().astype(np.float32) @ b().astype(np.float32)
+            with np.errstate(invalid="ignore"):
+                accumulator += a().astype(np.float32) @ b().astype(np.float32)
 
         self.products.append(multiply)
         yield lambda: True
