@@ -19,8 +19,10 @@ from jaxrl.kernels.attention import masks
 from jaxrl.kernels.attention.alibi import alibi_bias
 from jaxrl.kernels.attention.dropout import Dropout, keep_factor
 from jaxrl.kernels.attention.reference import MASKED, SEEN
+from jaxrl.kernels.varying import vary_alike
 
 BLOCK = {"cpu": 256}  # tile side by platform; on CPU 256 takes the least processor time of 64 .. 2048
+LEAST = {"cpu": 64}  # where the mask has a short reach: a quarter of it, but no less than this
 
 
 class Settings(NamedTuple):
@@ -73,7 +75,7 @@ def blocked_attention(
       q: [B, T, H, D]. k: [B, S, K, D]. v: [B, S, K, Dv].
       mask, q_offset, scale, soft_cap, bias, alibi, sinks: as in `attention`; scale and soft_cap are Python numbers.
       dropout: rate and seed, or None.
-      block_q, block_k: upper bounds on the tile's sides; default by platform.
+      block_q, block_k: upper bounds on the tile's sides; default by platform and the mask's reach.
 
     Returns:
       o [B, T, H, Dv] in the dtype of q, and lse [B, H, T] in float32.
@@ -87,11 +89,21 @@ def blocked_attention(
                 f'attention: implementation="xla" needs {name} as a Python number, got '
                 f'{type(value).__name__}; use implementation="reference".'
             )
-    block = BLOCK.get(jax.default_backend(), 512)
+    block = _side(mask)
     sides = _block(q.shape[1], block_q or block), _block(k.shape[1], block_k or block)
     rate, seed = (0.0, None) if dropout is None else dropout
     settings = Settings(scale, soft_cap, *sides, rate)
-    return _attention(settings, q, k, v, bias, sinks, mask, jnp.asarray(q_offset, jnp.int32), alibi, seed)
+    arrays = (q, k, v, bias, sinks, mask, jnp.asarray(q_offset, jnp.int32), alibi, seed)
+    leaves, structure = jax.tree.flatten(arrays)
+    # outside of the custom derivative: what comes back to an array that shards share is then summed over them
+    return _attention(settings, *jax.tree.unflatten(structure, vary_alike(*leaves)))
+
+
+def _side(mask) -> int:
+    """The upper bound on the tile's sides: small tiles waste less where few of them live."""
+    platform, reach = jax.default_backend(), mask.reach()
+    most = BLOCK.get(platform, 512)
+    return most if reach is None else min(most, max(LEAST.get(platform, most), reach // 4))
 
 
 def _block(length: int, limit: int) -> int:
@@ -106,26 +118,28 @@ def _attention(settings, q, k, v, bias, sinks, mask, q_offset, alibi, seed):
 
 
 def _forward(settings, q, k, v, bias, sinks, mask, q_offset, alibi=None, seed=None):
-    b, t, h, d = q.shape
+    b, t, h, _ = q.shape
     s, heads = k.shape[1], k.shape[2]
+    group = h // heads
     bq, bk = settings.block_q, settings.block_k
     nq, nk = -(-t // bq), -(-s // bk)
     acc = jnp.promote_types(q.dtype, jnp.float32)
-    qh, kh, vh = _by_head(q, nq * bq), _by_head(k, nk * bk), _by_head(v, nk * bk)
     bias_tiles = _pad_bias(bias, t, s, nq * bq, nk * bk)
 
-    def one_head(n):
-        row, head = n // h, n % h
-        kv = row * heads + head // (h // heads)
+    def one_group(n):  # one key head and the query heads that share it
+        row = n // heads
+        qh = _heads(q, row, n % heads * group, group, nq * bq)
+        kh, vh = (_heads(x, row, n % heads, 1, nk * bk) for x in (k, v))
 
-        def one_block(i):
-            qi = _slice(qh, n, i, bq).astype(acc) * settings.scale
-
+        def one_block(gi):
+            g, i = gi // nq, gi % nq
+            head = n % heads * group + g
+            qi = _slice(qh, g, i, bq).astype(acc) * settings.scale
             tile_of = lambda j: _tile(i, j, settings, row, head, q_offset, s)
 
             def visit(mask, j, carry):
                 m, total, o = carry
-                kj, vj = _slice(kh, kv, j, bk).astype(acc), _slice(vh, kv, j, bk).astype(acc)
+                kj, vj = _slice(kh, 0, j, bk).astype(acc), _slice(vh, 0, j, bk).astype(acc)
                 tile = tile_of(j)
                 logits = _held(_logits(settings, qi, kj, tile, mask, bias_tiles, alibi, i)[0])
                 m_new = jnp.maximum(m, jnp.max(logits, axis=-1))
@@ -138,8 +152,8 @@ def _forward(settings, q, k, v, bias, sinks, mask, q_offset, alibi=None, seed=No
                 return m_new, total, o * decay[:, None] + p @ vj
 
             m = jnp.full((bq,), MASKED, acc)
-            nothing = m, jnp.zeros_like(m), jnp.zeros((bq, v.shape[-1]), acc)
-            m, total, o = _over_tiles(mask, tile_of, nk, visit, nothing)
+            *nothing, _ = vary_alike(m, jnp.zeros_like(m), jnp.zeros((bq, v.shape[-1]), acc), qi)
+            m, total, o = _over_tiles(mask, tile_of, nk, visit, tuple(nothing))
             if sinks is not None:
                 sink = sinks[head].astype(acc)
                 top = jnp.maximum(m, sink)
@@ -149,10 +163,10 @@ def _forward(settings, q, k, v, bias, sinks, mask, q_offset, alibi=None, seed=No
             total = jnp.where(seen, total, 1.0)
             return (o / total[:, None]).astype(q.dtype), jnp.where(seen, m + jnp.log(total), MASKED)
 
-        o, lse = lax.map(one_block, jnp.arange(nq))
-        return o.reshape(nq * bq, -1)[:t], lse.reshape(nq * bq)[:t]
+        o, lse = lax.map(one_block, jnp.arange(group * nq))
+        return o.reshape(group, nq * bq, -1)[:, :t], lse.reshape(group, nq * bq)[:, :t]
 
-    o, lse = lax.map(one_head, jnp.arange(b * h))
+    o, lse = lax.map(one_group, jnp.arange(b * heads))
     o = jnp.swapaxes(o.reshape(b, h, t, -1), 1, 2)
     lse = lse.reshape(b, h, t)
     return (o, lse), Residuals(q, k, v, bias, sinks, mask, q_offset, o, lse, alibi, seed)
@@ -216,12 +230,12 @@ def _gradients(settings, residuals, cotangents):
             dqt, dbias, dk, dv = _over_tiles(mask, tile_of, group * nq, visit, (*carry, *zeros))
             return (dqt, dbias), (dk.astype(k.dtype), dv.astype(v.dtype))
 
-        dqt = jnp.zeros((group, d, nq * bq), acc)
+        dqt, _ = vary_alike(jnp.zeros((group, d, nq * bq), acc), q)
         (dqt, dbias), (dk, dv) = lax.scan(one_block, (dqt, dbias), jnp.arange(nk))
         dq = jnp.swapaxes(dqt[:, :, :t], 1, 2).astype(q.dtype)
         return dbias, (dq, dk.reshape(nk * bk, -1)[:s], dv.reshape(nk * bk, -1)[:s])
 
-    dbias = None if bias_tiles is None else jnp.zeros(bias_tiles.shape, acc)
+    dbias = None if bias_tiles is None else vary_alike(jnp.zeros(bias_tiles.shape, acc), q)[0]
     dbias, (dq, dk, dv) = lax.scan(one_group, dbias, jnp.arange(b * heads))
     dq = jnp.swapaxes(dq.reshape(b, h, t, d), 1, 2)
     dk = jnp.swapaxes(dk.reshape(b, heads, s, d), 1, 2)
@@ -309,6 +323,11 @@ def _by_head(x: jax.Array, length: int) -> jax.Array:
     """[B, T, H, D] -> [B * H, length, D], zeros at the end."""
     b, t, h, d = x.shape
     return jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, length - t), (0, 0))).reshape(b * h, length, d)
+
+
+def _heads(x: jax.Array, row, first, count: int, length: int) -> jax.Array:
+    """`_by_head` of `count` heads of one row: in loops over heads it spares copies of the whole."""
+    return _by_head(lax.dynamic_slice(x, (row, 0, first, 0), (1, x.shape[1], count, x.shape[3])), length)
 
 
 def _slice(x: jax.Array, n, i, size: int) -> jax.Array:

@@ -7,8 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from jaxrl.kernels.attention import Causal, Chunked, Dense, Full, Segments, Window, alibi_slopes, attention, cudnn
+from jaxrl.kernels.attention import (
+    Causal,
+    Chunked,
+    Dense,
+    Full,
+    Segments,
+    Window,
+    alibi_slopes,
+    attention,
+    blocked,
+    cudnn,
+)
 from jaxrl.kernels.attention.blocked import blocked_attention
 from jaxrl.kernels.attention.dropout import dropout_of, keep_factor
 from jaxrl.kernels.attention.tpu import Blocks, Pieces, pallas_attention
@@ -309,6 +322,78 @@ def test_same_bits_twice(implementation):
     call = functools.partial(IMPLEMENTATIONS[implementation], mask=Causal())
     run = jax.jit(jax.grad(lambda *qkv: jnp.sum(call(*qkv)[0] ** 2), (0, 1, 2)), compiler_options=QUICK)
     jax.tree.map(np.testing.assert_array_equal, run(q, k, v), run(q, k, v))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_shards_of_a_batch_equal_the_whole(shared, check_vma):
+    """Values, and gradients of what the shards share (sinks, and with `shared` also bias) or have for themselves."""
+    b, t, h = 4, 70, 4
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    ids = jnp.asarray(np.sort(rng.integers(0, 3, (1 if shared else b, t + 5)), axis=1), jnp.int32)
+    arrays = {"q": draw(b, t, h, 8), "k": draw(b, t + 5, 2, 8), "v": draw(b, t + 5, 2, 6), "sinks": draw(h)}
+    arrays["bias"] = draw(1, h, 1, t + 5) if shared else draw(b, 1, t, t + 5)
+    weights, lse_weights = draw(b, t, h, 6), draw(b, t, h)
+
+    def run(call, arrays, ids, q_offset):
+        mask = (Causal() if shared else Window(30)) & Segments(ids)
+        return positional(call, **arrays, mask=mask, q_offset=q_offset, soft_cap=2.0, alibi=alibi_slopes(h))
+
+    row, own = P("data"), P() if shared else P("data")
+    specs = {"q": row, "k": row, "v": row, "sinks": P(), "bias": own}
+    mesh = Mesh(np.array(jax.devices()[:4]), "data")
+    sharded = jax.shard_map(
+        functools.partial(run, IMPLEMENTATIONS["xla"]),
+        mesh=mesh,
+        in_specs=(specs, own, P()),
+        out_specs=row,
+        check_vma=check_vma,
+    )
+
+    def value_and_grad(f):
+        def loss(arrays, ids, q_offset):
+            o, lse = f(arrays, ids, q_offset)
+            return jnp.sum(o * weights) + jnp.sum(lse * lse_weights), (o, lse)
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)(arrays, ids, 5)
+
+    got, want = value_and_grad(sharded), value_and_grad(functools.partial(run, IMPLEMENTATIONS["reference"]))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, want)
+
+
+def test_gradients_inside_of_shards_are_summed_over_them():
+    x, sinks = X[:, :, :2], jnp.array([0.3, -0.2])
+    loss = lambda name, x, sinks: jnp.sum(IMPLEMENTATIONS[name](x, x, x, mask=Causal(), sinks=sinks)[0] ** 2)
+    mesh = Mesh(np.array(jax.devices()[:2]), "data")
+    inside = jax.shard_map(
+        lambda x, sinks: jax.grad(functools.partial(loss, "xla"), (0, 1))(x, sinks),
+        mesh=mesh,
+        in_specs=(P("data"), P()),
+        out_specs=(P("data"), P()),
+    )
+    got = jax.jit(inside, compiler_options=QUICK)(x, sinks)
+    want = jax.grad(functools.partial(loss, "reference"), (0, 1))(x, sinks)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), got, want)
+
+
+@pytest.mark.parametrize(
+    ("mask", "side"),
+    [
+        (Window(20), 64),
+        (Causal() & Window(512), 128),
+        (Window(5000), 256),
+        (Causal() | Window(20), 256),
+        (Causal(), 256),
+    ],
+)
+def test_tiles_are_small_where_the_mask_has_a_short_reach(mask, side, monkeypatch):
+    seen = []
+    attend = blocked._attention
+    monkeypatch.setattr(blocked, "_attention", lambda settings, *x: seen.append(settings) or attend(settings, *x))
+    q = jax.ShapeDtypeStruct((1, 1024, 1, 4), jnp.float32)
+    jax.eval_shape(lambda q: attention(q, q, q, mask=mask, implementation="xla"), q)
+    assert [(x.block_q, x.block_k) for x in seen] == [(side, side)]
 
 
 def temporary_bytes(implementation, t):

@@ -128,6 +128,16 @@ def test_no_two_masks_have_the_same_structure():
     assert [[a == b for b in structures] for a in structures] == np.eye(len(masks)).tolist()
 
 
+def test_no_pair_is_beyond_the_reach():
+    reaches = {name: mask.reach() for name, (mask, _) in MASKS.items()}
+    assert {name: n for name, n in reaches.items() if n is not None} == {"window": 3, "nested": 4}
+    assert (Window(5) & Window(2) & Causal()).reach() == 2
+    for name, n in reaches.items():
+        if n is not None:
+            *_, q, k = np.nonzero(WHOLE[name])
+            assert np.abs(q - k).max() == n - 1
+
+
 def live_tiles(mask, n, block):
     live = jax.jit(lambda mask, i, j: jnp.asarray(mask.live(Tile(i, block, j, block, n, 0, 0))))
     return sum(bool(live(mask, i, j)) for i in range(0, n, block) for j in range(0, n, block))
