@@ -146,6 +146,7 @@ def torch_flex(name, x):
         "tree": lambda b, h, q, k: (k <= q) & (q < end[k]),
     }[name]
     blocks = None if allowed is None else create_block_mask(allowed, None, None, t, t, device="cuda")
+    torch._dynamo.reset()  # else it gives up compiling after eight cases
     attend = torch.compile(flex_attention, dynamic=False)
     gqa = x[0].shape[2] != x[1].shape[2]
     return torch_program(lambda q, k, v: attend(q, k, v, block_mask=blocks, enable_gqa=gqa), *in_torch(x))
