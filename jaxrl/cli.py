@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional
 
@@ -34,12 +34,14 @@ class Eval:
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    """Sample completions from a run's model."""
+    """Sample completions from a run's model or a published one."""
 
-    run: Folder
+    run: Folder = ""
     """Run folder, such as runs/demo."""
-    prompt: str
-    """Text to continue."""
+    model: str = ""
+    """In place of a run: smollm2-135m, a Hugging Face folder or a .gguf file."""
+    prompt: str = dataclasses.field(kw_only=True)
+    """Text to continue, as it stands; `jaxrl chat` writes it as a message."""
     samples: int = 1
     """Completions to draw."""
     temperature: float = 0.0
@@ -57,14 +59,32 @@ class Generate:
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """An interactive prompt: each line is continued by the model."""
+    """Talk to a model: a conversation where it has a chat template, else each line is continued."""
 
-    run: Folder
+    run: Folder = ""
     """Run folder, such as runs/demo."""
+    model: str = ""
+    """In place of a run: smollm2-135m, a Hugging Face folder or a .gguf file."""
     temperature: float = 0.0
     """0 is greedy."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens with this much probability."""
     max_tokens: int = 0
-    """New tokens at most; 0 takes the width the model was trained for."""
+    """New tokens at most; 0 takes the width the model was trained for, 256 for a published one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write a model as a folder that transformers opens: safetensors, config.json, tokenizer.json."""
+
+    run: Folder
+    """Run folder, or smollm2-135m, a Hugging Face folder or a .gguf file."""
+    out: str = dataclasses.field(kw_only=True)
+    """New folder."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the weights in the files."""
+    shard_gb: float = 5.0
+    """Gigabytes (10^9 bytes) one file holds at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,12 +263,13 @@ def _space(space: Any) -> str:
 
 
 def generate(argv: Sequence[str]) -> None:
-    """`jaxrl generate RUN`."""
+    """`jaxrl generate RUN` or `jaxrl generate --model PLACE`."""
     from jaxrl.posttrain import talk
     from jaxrl.posttrain.rollout import Sampling
 
     options = config.parse(Generate, argv, prog="jaxrl generate")
-    speaker = talk.open_run(options.run, samples=options.samples, sampling=Sampling(
+    place = _place("generate", options.run, options.model)
+    speaker = talk.open_run(place, samples=options.samples, sampling=Sampling(
         temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p,
         max_tokens=options.max_tokens or talk.TRAINED,
     ))  # fmt: skip
@@ -257,14 +278,36 @@ def generate(argv: Sequence[str]) -> None:
 
 
 def chat(argv: Sequence[str]) -> None:
-    """`jaxrl chat RUN`."""
+    """`jaxrl chat RUN` or `jaxrl chat --model PLACE`."""
     from jaxrl.posttrain import talk
     from jaxrl.posttrain.rollout import Sampling
 
     options = config.parse(Chat, argv, prog="jaxrl chat")
-    sampling = Sampling(temperature=options.temperature, max_tokens=options.max_tokens or talk.TRAINED)
-    speaker = talk.open_run(options.run, sampling=sampling)
-    talk.chat(speaker)
+    sampling = Sampling(
+        temperature=options.temperature, top_p=options.top_p, max_tokens=options.max_tokens or talk.TRAINED
+    )
+    talk.chat(talk.open_run(_place("chat", options.run, options.model), sampling=sampling))
+
+
+def _place(command: str, run: str, model: str) -> str:
+    """The one of the two that was given."""
+    if bool(run) == bool(model):
+        given = "neither a run nor --model was" if not run else f"both the run {run} and --model {model} were"
+        raise ValueError(f"{given} given; expected jaxrl {command} runs/demo, or jaxrl {command} --model smollm2-135m")
+    return run or model
+
+
+def export(argv: Sequence[str]) -> None:
+    """`jaxrl export RUN --out FOLDER`."""
+    options = config.parse(Export, argv, prog="jaxrl export")
+    from jaxrl import pretrained, runs
+
+    files = pretrained.save_pretrained(
+        runs.load_model(options.run), options.out, dtype=options.dtype, shard_bytes=int(options.shard_gb * 1e9)
+    )
+    size = sum(file.stat().st_size for file in files) / 1e6
+    print(f"{options.out}: {len(files)} file{'s' if len(files) > 1 else ''} of weights, {size:,.1f} MB {options.dtype}")
+    print(f"open it: transformers.AutoModelForCausalLM.from_pretrained({options.out!r}), jaxrl chat {options.out}")
 
 
 def data_show(argv: Sequence[str]) -> None:
@@ -323,8 +366,9 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     **{f"train {name}": (functools.partial(train_agent, name), text) for name, text in AGENTS.items()},
     "sweep": (sweep, "an agent over seeds and hyper-parameters, in one program"),
     "eval": (evaluate, "greedy accuracy of a run's model, or greedy returns of an agent"),
-    "generate": (generate, "sample completions from a run's model"),
-    "chat": (chat, "talk to a run's model"),
+    "generate": (generate, "sample completions from a run's model or a published one"),
+    "chat": (chat, "talk to a run's model or a published one"),
+    "export": (export, "write a model as safetensors, config and tokenizer, as transformers reads them"),
     "film": (film, "an episode of an agent as GIF or PNG"),
     **{
         f"bench {name}": (functools.partial(bench, name), f"time and memory of {text}")

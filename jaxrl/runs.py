@@ -1,5 +1,6 @@
 """Run folders: what a run was (config, versions, git state), what it made, and how to open it again."""
 
+import dataclasses
 import json
 import platform
 import shlex
@@ -13,7 +14,9 @@ import jax
 
 import jaxrl
 from jaxrl import checkpoint, config
-from jaxrl.data.tokenizer import Tokenizer, load_tokenizer
+from jaxrl.data.chat import Template, template_of, turn_ends
+from jaxrl.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from jaxrl.data.tokenizer_files import save_tokenizer
 from jaxrl.nets.language_model import LanguageModel, language_model
 from jaxrl.nets.transformer import TransformerConfig
 
@@ -27,10 +30,11 @@ CONFIG, MODEL, METRICS, SUMMARY, CHECKPOINTS = (
 
 
 class Model(NamedTuple):
-    """A trained model, opened from its run folder.
+    """A model opened from a run folder, or a published one.
 
     `marker` is the text after which an answer stands (empty: the whole completion), `max_tokens` the completion width
-    it was trained for, `example` a prompt of its task (empty: none known).
+    it was trained for, `example` a prompt of its task (empty: none known). `template` renders conversations (None: the
+    model knows none), and `ends` are the ids besides EOS that end its turn.
     """
 
     language_model: LanguageModel
@@ -40,6 +44,8 @@ class Model(NamedTuple):
     marker: str
     max_tokens: int
     example: str
+    template: Template | None = None
+    ends: tuple[int, ...] = ()
 
 
 def check_new(folder: str | Path) -> None:
@@ -72,12 +78,20 @@ def read_config(folder: str | Path) -> tuple[str, dict[str, Any]]:
 def write_model(
     folder: Path, transformer: TransformerConfig, tokenizer: Tokenizer, *, marker: str, max_tokens: int, example: str
 ) -> None:
-    """Writes `model.json`: what it takes to rebuild the network and to talk to it."""
+    """Writes `model.json`: what it takes to rebuild the network and to talk to it.
+
+    A Hugging Face tokenizer is copied into the folder, so that the run does not need the place it came from.
+    """
+    saved = tokenizer
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        save_tokenizer(tokenizer, folder)
+        saved = dataclasses.replace(tokenizer, file=str(folder / "tokenizer.json"), text=None, settings=None)
+    spec = saved.to_json()
     write_json(
         folder / MODEL,
         {
             "transformer": config.to_json(transformer),
-            "tokenizer": tokenizer.to_json(),
+            "tokenizer": spec | ({"file": "tokenizer.json"} if "file" in spec else {}),
             "marker": marker,
             "max_tokens": max_tokens,
             "example": example,
@@ -86,7 +100,10 @@ def write_model(
 
 
 def load_model(folder: str | Path) -> Model:
-    """Opens the model of a run folder from its newest intact checkpoint.
+    """Opens the model of a run folder from its newest intact checkpoint, or a published model from elsewhere.
+
+    Args:
+      folder: a run folder, or what `jaxrl.pretrained.load_pretrained` takes.
 
     Raises:
       ValueError: when the folder holds no model.
@@ -94,18 +111,30 @@ def load_model(folder: str | Path) -> Model:
     """
     path = Path(folder)
     if not (path / MODEL).is_file():
-        raise ValueError(f"{folder} holds no model (no {MODEL} in it); expected a run folder such as runs/demo")
+        from jaxrl import pretrained  # it returns a Model
+
+        if not pretrained.is_place(folder):
+            raise ValueError(
+                f"{folder} holds no model (no {MODEL} in it){pretrained.near(folder)}; expected a run folder such as "
+                f"runs/demo, {pretrained.PLACES}"
+            )
+        return pretrained.load_pretrained(folder)
     saved = json.loads((path / MODEL).read_text())
+    if "file" in saved["tokenizer"]:  # beside model.json
+        saved["tokenizer"]["file"] = str(path / saved["tokenizer"]["file"])
+    tokenizer = load_tokenizer(saved["tokenizer"])
     transformer = config.from_json(TransformerConfig, saved["transformer"], source=str(path / MODEL))
     state, _ = checkpoint.restore(path / CHECKPOINTS)
     return Model(
         language_model(transformer),
         state["params"],
-        load_tokenizer(saved["tokenizer"]),
+        tokenizer,
         transformer,
         saved["marker"],
         saved["max_tokens"],
         saved["example"],
+        template_of(tokenizer),
+        turn_ends(tokenizer),
     )
 
 

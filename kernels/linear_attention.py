@@ -187,7 +187,8 @@ def _chunked(q, k, v, decay, state, size, dtype):
         return x.reshape(b, n, size, *x.shape[2:])
 
     form = _one_by_one if jax.default_backend() in ONE_BY_ONE else _side_by_side
-    o, state = form(*jax.tree.map(cut, (q, k, v, decay)), state, dtype)
+    q, k, v, decay = jax.tree.map(cut, (q, k, v, decay))
+    o, state = form(q, k, v, decay, state, dtype)
     return o.reshape(b, n * size, *o.shape[3:])[:, :t], state
 
 

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STANDARD = set(sys.stdlib_module_names)
 # Packages from outside that a storey may import; None: any that pyproject.toml declares.
-OUTSIDE = {"kernels": {"jax", "numpy"}, "nets": {"jax", "numpy", "flax"}, "jaxrl": None}
+OUTSIDE = {"kernels": {"jax", "numpy"}, "nets": {"jax", "numpy", "flax", "safetensors", "gguf"}, "jaxrl": None}
 INSIDE = {"kernels": ("jaxrl.kernels",), "nets": ("jaxrl.kernels", "jaxrl.nets"), "jaxrl": ("jaxrl",)}
 
 

@@ -27,7 +27,7 @@ class Template(Protocol):
 def chatml(messages: Sequence[Message], tokenizer: Tokenizer, *, add_generation_prompt: bool = False) -> Tokens:
     """Render messages as ChatML: `<|im_start|>role\\ncontent<|im_end|>\\n` for each.
 
-    messages: dictionaries with `role` (system | user | assistant) and `content` (text).
+    messages: dictionaries with `role` (system | user | assistant | tool) and `content` (text).
     add_generation_prompt: end with the header of an assistant turn, for sampling.
 
     Returns (ids, mask): the mask is true on the content of each assistant turn and on the token that ends it.
@@ -44,7 +44,9 @@ def chatml(messages: Sequence[Message], tokenizer: Tokenizer, *, add_generation_
         if start is None:
             raise ValueError("ChatML needs <|im_start|> and <|im_end|>, or BOS and EOS; this tokeniser has no BOS")
     pieces: list[tuple[list[int], bool]] = []
-    for message in messages:
+    for i, message in enumerate(messages):
+        if message.get("tool_calls"):
+            raise ValueError(f"message {i} calls tools, which ChatML has no form for; use the model's own template")
         content = tokenizer.encode(message["content"], special=False)
         pieces.append(([start, *tokenizer.encode(f"{message['role']}\n", special=False)], False))
         pieces.append(([*content, end], message["role"] == "assistant"))
@@ -59,20 +61,40 @@ def jinja(source: str, *, bos_token: str = "", eos_token: str = "") -> Template:
 
     source: the `chat_template` of a `tokenizer_config.json`. bos_token, eos_token: texts it may write.
 
+    The template made also takes `tools=`, a list of tool descriptions, if its source writes them.
+
     The assistant's spans are those inside `{% generation %}` tags if the source has them. Otherwise they are
     found by rendering the conversation up to each assistant turn with and without it; a template that
-    rewrites earlier turns (dropping old reasoning, say) has no exact mask and is refused. A span ends with
-    its EOS if it holds one.
+    rewrites earlier turns (dropping old reasoning, say) has no exact mask and is refused, unless only a prompt
+    is asked for (`add_generation_prompt`), whose mask is then false throughout. A span ends with its EOS if it
+    holds one.
 
     Raises ImportError with the command to run if jinja2 is missing; ValueError if the source does not parse.
     The template raises ValueError if it refuses the messages, or if the spans cannot be found.
     """
-    render = _renderer(source, bos_token=bos_token, eos_token=eos_token)
+    rendered = _renderer(source, bos_token=bos_token, eos_token=eos_token)
 
-    def template(messages: Sequence[Message], tokenizer: Tokenizer, *, add_generation_prompt: bool = False) -> Tokens:
+    def template(
+        messages: Sequence[Message],
+        tokenizer: Tokenizer,
+        *,
+        add_generation_prompt: bool = False,
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> Tokens:
         check_messages(messages)
+        if tools and "tools" not in source:
+            raise ValueError("`tools` were given, and this chat template writes none: the model would not read of them")
+        render = lambda messages, add_generation_prompt: rendered(messages, add_generation_prompt, tools)
         text = render(messages, add_generation_prompt)
-        spans = _tagged(text) if _OPEN in text or "generation %}" in source else _by_prefix(render, messages, text)
+        if _OPEN in text or "generation %}" in source:
+            spans = _tagged(text)
+        else:
+            try:
+                spans = _by_prefix(render, messages, text)
+            except ValueError:
+                if not add_generation_prompt:
+                    raise
+                spans = [(text, False)]
         pieces: list[tuple[list[int], bool]] = []
         for part, trained in spans:
             tail = ""
@@ -85,6 +107,33 @@ def jinja(source: str, *, bos_token: str = "", eos_token: str = "") -> Template:
     return template
 
 
+def template_of(tokenizer: Tokenizer) -> Template | None:
+    """The chat template that a Hugging Face tokeniser brings (`default` where there are several), or None."""
+    config = getattr(tokenizer, "config", {})
+    source = config.get("chat_template")
+    if isinstance(source, list):
+        named = {entry["name"]: entry["template"] for entry in source}
+        source = named.get("default")
+    if source is None:
+        return None
+    text = lambda name: getattr(tokenizer, name) or ""
+    return jinja(source, bos_token=text("bos_token"), eos_token=text("eos_token"))
+
+
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|end_of_text|>", "<|endoftext|>")
+
+
+def turn_ends(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids besides EOS that end a turn: those of `TURN_ENDS` that are in the vocabulary of a Hugging Face tokeniser.
+
+    A model's files may name one token as EOS and end its turns with another.
+    """
+    if template_of(tokenizer) is None:
+        return ()
+    ids = (tokenizer.token_id(text) for text in TURN_ENDS)
+    return tuple(i for i in ids if i is not None and i != tokenizer.eos_id)
+
+
 def check_messages(messages: Any) -> None:
     """Raise ValueError unless `messages` is a non-empty list of {"role": text, "content": text}."""
     if not isinstance(messages, list | tuple) or not messages:
@@ -93,8 +142,10 @@ def check_messages(messages: Any) -> None:
         found = sorted(message) if isinstance(message, dict) else repr(message)
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             raise ValueError(f"message {i} has {found}; expected the keys 'role' and 'content'")
-        if message["role"] not in ("system", "user", "assistant"):
-            raise ValueError(f"message {i} has role {message['role']!r}; expected system, user or assistant")
+        if message["role"] not in ("system", "user", "assistant", "tool"):
+            raise ValueError(f"message {i} has role {message['role']!r}; expected system, user, assistant or tool")
+        if message["role"] == "assistant" and message.get("tool_calls") and not message["content"]:
+            continue  # a turn that only calls tools
         if not isinstance(message["content"], str):
             raise ValueError(f"message {i} has content {message['content']!r}; expected text")
         if message["role"] == "assistant" and not message["content"].strip():
@@ -169,9 +220,11 @@ def _renderer(source: str, **tokens: str) -> Any:
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"the chat template does not parse: line {error.lineno}: {error.message}") from None
 
-    def render(messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def render(messages: Sequence[Message], add_generation_prompt: bool, tools: Any) -> str:
         try:
-            return template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, **tokens)
+            return template.render(
+                messages=list(messages), add_generation_prompt=add_generation_prompt, tools=tools or None, **tokens
+            )
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template failed on these messages: {error}") from None
 

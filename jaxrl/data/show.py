@@ -1,4 +1,4 @@
-"""Show one tokenised example: what the model reads, what it is trained to write, and where it should stop."""
+"""Show one tokenised record: what the model reads, what it is trained to write, and where it should stop."""
 
 from pathlib import Path
 from typing import Any
@@ -6,20 +6,23 @@ from typing import Any
 import numpy as np
 from rich.text import Text
 
-from jaxrl.data.chat import Template, chatml
-from jaxrl.data.records import encode_answers, encode_example, encode_prompts, named, read_jsonl
+from jaxrl.data.chat import Template
+from jaxrl.data.preferences import encode_judged, encode_pair
+from jaxrl.data.records import encode_answers, encode_example, encode_prompt, named
+from jaxrl.data.sources import excerpt, read_records
 from jaxrl.data.tokenizer import Tokenizer
 
 
-def show(path: str | Path, tokenizer: Tokenizer, index: int = 0, *, template: Template = chatml) -> Text:
+def show(path: str | Path, tokenizer: Tokenizer, index: int = 0, *, template: Template | None = None) -> Text:
     """Return one record of a JSON Lines file, tokenised, with its loss mask and EOS marked.
 
     Trained tokens are green and EOS stands out; without colours the same is said in words, one line per run
-    of tokens. A record with `prompt` and `answer` shows what the sampler reads and what the reward expects.
+    of tokens. A record with `prompt` and `answer` shows what the sampler reads and what the reward expects, one
+    with `chosen` and `rejected` both responses after their prompt, one with a `label` what it says.
 
-    Raises ValueError if the file has no such record, or as `read_jsonl` and `encode_examples`.
+    Raises ValueError if the file has no such record, or as `read_records` and the encoders.
     """
-    records = read_jsonl(path)
+    records = read_records(path)
     if not 0 <= index < len(records):
         raise ValueError(f"no record {index}; {path} holds {len(records)}, counted from 0")
     title = f"record {index} of {len(records)}"
@@ -27,38 +30,67 @@ def show(path: str | Path, tokenizer: Tokenizer, index: int = 0, *, template: Te
         return show_record(records[index], tokenizer, title=f"{path}, {title}", template=template)
 
 
-def show_record(record: dict[str, Any], tokenizer: Tokenizer, *, title: str, template: Template = chatml) -> Text:
+def show_record(record: dict[str, Any], tokenizer: Tokenizer, *, title: str, template: Template | None = None) -> Text:
     """Return one record, tokenised, as `show` does."""
-    answer = None
-    if "answer" in record and not {"completion", "messages", "text"} & set(record):
-        ids = encode_prompts([record], tokenizer, template=template)[0][0].tolist()
-        mask = [False] * len(ids)
-        answer = encode_answers([record], tokenizer)[0][0].tolist()
-    else:
-        ids, mask = encode_example(record, tokenizer, template=template)
     text = Text(f"{title}\ncolumns: {', '.join(record)}\n")
-    trained = "the model writes the rest" if answer is not None else f"{sum(mask)} trained"
-    text.append(f"{len(ids)} tokens, {trained}\n\n", style="bold")
-    for token, is_trained in zip(ids, mask, strict=True):
-        text.append(_shown(token, tokenizer), style=_style(token, is_trained, tokenizer))
-    text.append("\n\n")
-    for start, end in _runs(mask):
-        words = repr("".join(_shown(t, tokenizer, newline="\n") for t in ids[start:end]))
-        text.append(f"{start:>5} to {end - 1:<5} {'trained' if mask[start] else 'read':<8} {words}\n")
-    if answer is not None:
+    if {"chosen", "rejected"} & set(record):
+        _pair(text, record, tokenizer, template)
+    elif "answer" in record and not {"completion", "messages", "text"} & set(record):
+        ids = encode_prompt(record, tokenizer, template=template)
+        answer = encode_answers([record], tokenizer)[0][0].tolist()
+        text.append(f"{len(ids)} tokens, the model writes the rest\n\n", style="bold")
+        _tokens(text, ids, [False] * len(ids), tokenizer)
         text.append(f"\nexpected answer: {record['answer']!r} ({len(answer)} tokens: {answer})\n", style="green")
-    elif ids[-1] == tokenizer.eos_id and mask[-1]:
+    else:
+        if "label" in record and "completion" in record:
+            ids, mask, label = encode_judged(record, tokenizer, template=template)
+            text.append(
+                f"label: the completion is {'' if label else 'not '}wanted\n", style="green" if label else "red"
+            )
+        else:
+            ids, mask = encode_example(record, tokenizer, template=template)
+        text.append(f"{len(ids)} tokens, {sum(mask)} trained\n\n", style="bold")
+        _tokens(text, ids, mask, tokenizer)
+        _end(text, ids, mask, tokenizer)
+    return text
+
+
+def _pair(text: Text, record: dict[str, Any], tokenizer: Tokenizer, template: Template | None) -> None:
+    sides = dict(zip(("chosen", "rejected"), encode_pair(record, tokenizer, template=template), strict=True))
+    if record.get("margin") is not None:
+        text.append(f"margin: {excerpt(record['margin'])[1:-1]}\n")
+    start = min(mask.index(True) for _, mask in sides.values())
+    text.append(f"prompt: {start} tokens\n\n", style="bold")
+    _tokens(text, sides["chosen"][0][:start], [False] * start, tokenizer)
+    for name, (ids, mask) in sides.items():
+        text.append(f"\n{name}: {len(ids) - start} tokens, {sum(mask)} trained\n\n", style="bold")
+        _tokens(text, ids, mask, tokenizer, start=start)
+        _end(text, ids, mask, tokenizer)
+
+
+def _tokens(text: Text, ids: list[int], mask: list[bool], tokenizer: Tokenizer, *, start: int = 0) -> None:
+    """Append tokens from `start` on, coloured, then the same as one line for each run of the mask."""
+    for token, trained in zip(ids[start:], mask[start:], strict=True):
+        text.append(_shown(token, tokenizer), style=_style(token, trained, tokenizer))
+    text.append("\n\n")
+    for first, end in _runs(mask, start):
+        words = repr("".join(_shown(t, tokenizer, newline="\n") for t in ids[first:end]))
+        text.append(f"{first:>5} to {end - 1:<5} {'trained' if mask[first] else 'read':<8} {words}\n")
+
+
+def _end(text: Text, ids: list[int], mask: list[bool], tokenizer: Tokenizer) -> None:
+    """Append where the model learns to stop."""
+    if ids[-1] == tokenizer.eos_id and mask[-1]:
         text.append(f"\nEOS (id {tokenizer.eos_id}) ends the example and is trained\n", style="green")
     else:
         last = int(np.flatnonzero(mask)[-1])
         stands = "is EOS" if ids[last] == tokenizer.eos_id else "is not EOS: the model does not learn to stop"
         text.append(f"\nthe last trained token, {last}, {stands}\n", style="yellow")
-    return text
 
 
-def _runs(mask: list[bool]) -> list[tuple[int, int]]:
-    """Return [start, end) of each stretch of equal values."""
-    edges = [0, *(i for i in range(1, len(mask)) if mask[i] != mask[i - 1]), len(mask)]
+def _runs(mask: list[bool], start: int) -> list[tuple[int, int]]:
+    """Return [first, end) of each stretch of equal values from `start` on."""
+    edges = [start, *(i for i in range(start + 1, len(mask)) if mask[i] != mask[i - 1]), len(mask)]
     return list(zip(edges[:-1], edges[1:], strict=True))
 
 

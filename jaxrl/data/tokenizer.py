@@ -9,7 +9,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -167,6 +167,8 @@ class HuggingFaceTokenizer:
     eos_token, pad_token, bos_token: token texts such as "<|im_end|>". What is not given is read from
       `tokenizer_config.json` beside the file. BOS may be missing; EOS and padding may not: padding is never
       quietly taken to be EOS. A file or argument that itself makes them equal is followed, with a warning.
+    text, settings: the contents of `tokenizer.json` and `tokenizer_config.json` themselves, where they come from
+      elsewhere (GGUF metadata); `file` then only says from where.
 
     `encode` adds neither BOS nor EOS. `vocab_size` counts the added tokens too; a checkpoint's embedding may
     have more rows (padding of the matrix), whose ids decode to nothing.
@@ -179,13 +181,16 @@ class HuggingFaceTokenizer:
     eos_token: str | None = None
     pad_token: str | None = None
     bos_token: str | None = None
+    text: str | None = field(default=None, repr=False)
+    settings: str | None = field(default=None, repr=False)
 
     def __post_init__(self):
         path = Path(self.file)
-        path = (path / "tokenizer.json" if path.is_dir() else path).resolve()
-        if not path.is_file():
-            raise ValueError(f"no file {path}; expected a Hugging Face tokenizer.json or the folder that holds it")
-        object.__setattr__(self, "file", str(path))
+        if self.text is None:
+            path = (path / "tokenizer.json" if path.is_dir() else path).resolve()
+            if not path.is_file():
+                raise ValueError(f"no file {path}; expected a Hugging Face tokenizer.json or the folder that holds it")
+            object.__setattr__(self, "file", str(path))
         for name in ("eos_token", "pad_token", "bos_token"):
             text = getattr(self, name) or _token_content(self.config.get(name))
             object.__setattr__(self, name, text)
@@ -211,18 +216,37 @@ class HuggingFaceTokenizer:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The content of `tokenizer_config.json` beside the file, or an empty dictionary."""
-        path = Path(self.file).parent / "tokenizer_config.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        """The content of `tokenizer_config.json` beside the file, or an empty dictionary.
+
+        `chat_template` is that of `chat_template.jinja` where there is one.
+        """
+        if self.text is not None:
+            return json.loads(self.settings or "{}")
+        beside = Path(self.file).parent
+        path, template = beside / "tokenizer_config.json", beside / "chat_template.jinja"
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return config | ({"chat_template": template.read_text(encoding="utf-8")} if template.is_file() else {})
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the tokeniser's own rule puts BOS before every text: its models were trained so."""
+        if self.bos_id is None:
+            return False
+        return self._reader().encode("", add_special_tokens=True).ids[:1] == [self.bos_id] or bool(
+            self.config.get("add_bos_token")
+        )
+
+    def _reader(self, special: bool = True) -> Any:
+        return _tokenizers(self.file, self.text, special)
 
     @property
     def _special_tokens(self) -> list[str]:
-        added = _tokenizers(self.file, True).get_added_tokens_decoder()
+        added = self._reader().get_added_tokens_decoder()
         return [added[i].content for i in sorted(added)][:8]
 
     @property
     def vocab_size(self) -> int:
-        vocabulary = _tokenizers(self.file, True).get_vocab(with_added_tokens=True)
+        vocabulary = self._reader().get_vocab(with_added_tokens=True)
         return max(vocabulary.values()) + 1
 
     @property
@@ -239,44 +263,43 @@ class HuggingFaceTokenizer:
 
     @cached_property
     def _ids(self) -> dict[str, int]:
-        reader = _tokenizers(self.file, True)
+        reader = self._reader()
         names = {"eos_token": self.eos_token, "pad_token": self.pad_token, "bos_token": self.bos_token}
         ids = {name: reader.token_to_id(text) for name, text in names.items() if text is not None}
         return {name: i for name, i in ids.items() if i is not None}
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Return the ids of `text`. special: whether "<|im_end|>" in the text becomes one token."""
-        return _tokenizers(self.file, special).encode(text, add_special_tokens=False).ids
+        return self._reader(special).encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`, special tokens left out. Raises ValueError for a negative id."""
         check_ids(ids, None)
-        return _tokenizers(self.file, True).decode([int(i) for i in ids], skip_special_tokens=True)
+        return self._reader().decode([int(i) for i in ids], skip_special_tokens=True)
 
     def token_id(self, text: str) -> int | None:
         """Return the id of the token written exactly so in the vocabulary, or None."""
-        return _tokenizers(self.file, True).token_to_id(text)
+        return self._reader().token_to_id(text)
 
     def token_text(self, token: int) -> str:
         """Return the text of one token, special ones too; `<token 17>` where it has none of its own."""
-        text = _tokenizers(self.file, True).decode([token], skip_special_tokens=False)
+        text = self._reader().decode([token], skip_special_tokens=False)
         return text if text and "\ufffd" not in text else f"<token {token}>"
 
     def to_json(self) -> dict[str, Any]:
-        """Return the file's path and hash and the three tokens: enough to rebuild it or see a change."""
-        return {
-            "kind": "huggingface",
-            "file": self.file,
-            "sha256": _sha256(self.file),
-            "eos_token": self.eos_token,
-            "pad_token": self.pad_token,
-            "bos_token": self.bos_token,
-        }
+        """Return the file's path and hash and the three tokens: enough to rebuild it or see a change.
+
+        Without a file, its text in place of the hash.
+        """
+        tokens = {"eos_token": self.eos_token, "pad_token": self.pad_token, "bos_token": self.bos_token}
+        source = {"text": self.text, "settings": self.settings} if self.text else {"sha256": _sha256(self.file)}
+        return {"kind": "huggingface", "file": self.file, **source, **tokens}
 
     @classmethod
     def from_json(cls, spec: dict[str, Any]) -> Self:
         """Build the tokeniser that `to_json` described. Raises ValueError if the file has changed since."""
-        tokenizer = cls(spec["file"], spec.get("eos_token"), spec.get("pad_token"), spec.get("bos_token"))
+        tokens = {name: spec.get(name) for name in ("eos_token", "pad_token", "bos_token", "text", "settings")}
+        tokenizer = cls(spec["file"], **tokens)
         if "sha256" in spec and spec["sha256"] != _sha256(tokenizer.file):
             raise ValueError(
                 f"{tokenizer.file} is not the file it was when this was saved (sha256 differs): its ids may "
@@ -321,8 +344,11 @@ def check_ids(ids: Sequence[int], vocab_size: int | None) -> None:
 
 
 @lru_cache(maxsize=8)
-def _tokenizers(file: str, special: bool):
-    """Read the file once per process; a second reader treats the text of special tokens as plain text."""
+def _tokenizers(file: str, text: str | None, special: bool):
+    """Read the file once per process; a second reader treats the text of special tokens as plain text.
+
+    The reader stays as it is read: `adds_bos` asks for its post-processor, `encode` never runs it.
+    """
     try:
         from tokenizers import Tokenizer as Reader
     except ImportError as error:
@@ -331,7 +357,7 @@ def _tokenizers(file: str, special: bool):
             "Run: pip install 'jaxrl[hf]'   (or: pip install tokenizers)"
         ) from error
     try:
-        reader = Reader.from_file(file)
+        reader = Reader.from_file(file) if text is None else Reader.from_str(text)
     except Exception as error:
         raise ValueError(f"{file} is not a Hugging Face tokenizer.json: {error}") from error
     reader.no_padding()

@@ -19,6 +19,7 @@ RULES: tuple[Rule, ...] = (
     (r"layers/ffn/down/kernel", ("layer", "ffn", "embed")),
     (r"layers/(.*/)?[a-z_]*norm/scale", ("layer", None)),
     (r"norm/scale", (None,)),
+    (r"head/kernel", (None,)),
 )
 """(end of a parameter's path, as a regular expression; a logical axis for each of its dimensions). First match wins."""
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxrl.data.packing import limit_length, pack
+from jaxrl.data.records import Examples
 from jaxrl.losses import reduce
 from jaxrl.nets.language_model import LanguageModel
 from jaxrl.posttrain import update
@@ -20,9 +22,15 @@ class SFTConfig:
     """One step of supervised fine-tuning."""
 
     batch: int = 64
-    """Examples per step."""
+    """Examples per step; packed rows with `packing`."""
     micro_batches: int = 1
     """Parts in which a batch is computed; the gradient is the whole batch's."""
+    packing: bool = False
+    """Several examples share a row, each as if it were alone: less padding, the same gradient for the same examples."""
+    width: int = 0
+    """Tokens of the longest example, and of a packed row; 0 takes the longest example."""
+    overlong: str = "error"
+    """What becomes of examples longer than `width`: error, drop (left out) or cut (the end is lost, EOS too)."""
 
 
 class SFT(NamedTuple):
@@ -51,6 +59,25 @@ def loss(model: LanguageModel, params, batch: TokenBatch):
     return reduce.tokens(-log_probs, mask), metrics
 
 
+def arrange(config: SFTConfig, examples: Examples) -> tuple[TokenBatch, int]:
+    """The data that `step` draws from: rows of one example each, or packed.
+
+    Args:
+      config: what to do with long examples, and whether to pack.
+      examples: from `data.encode_examples`.
+
+    Returns:
+      `(TokenBatch [N, T], examples that were dropped or cut)`.
+
+    Raises:
+      ValueError: an example longer than `config.width` under "error", an unknown `overlong`, or nothing left.
+    """
+    width = config.width or int(examples.lengths.max())
+    examples, overlong = limit_length(examples, width, overlong=config.overlong)
+    rows = pack(examples, width) if config.packing else TokenBatch(examples.tokens, examples.loss_mask)  # pyright: ignore
+    return jax.tree.map(jnp.asarray, rows), overlong
+
+
 def make(
     config: SFTConfig,
     model: LanguageModel,
@@ -70,7 +97,7 @@ def make(
 
     Returns:
       `init(key, params) -> TrainState` and `step(state, data) -> (state, metrics)`, where `data` is a `TokenBatch` of
-      all examples `[N, T]`; a step draws `config.batch` of them by `update.epoch_batch`.
+      all rows `[N, T]`, from `arrange`; a step draws `config.batch` of them by `update.epoch_batch`.
     """
 
     def init(key, params):

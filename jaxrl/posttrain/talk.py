@@ -1,18 +1,22 @@
-"""Using a run's model: evaluate it, sample from it, talk to it."""
+"""Using a model, of a run or a published one: evaluate it, sample from it, talk to it."""
 
 import dataclasses
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrl import runs
+from jaxrl.data import chatml, encode_prompts
+from jaxrl.data.chat import Message
 from jaxrl.data.tokenizer import check_ids
 from jaxrl.posttrain import rewards, task
-from jaxrl.posttrain.rollout import Sampling
-from jaxrl.types import Finish
+from jaxrl.posttrain.rollout import Sampling, rollout
+from jaxrl.types import Finish, Prompts
 
 TRAINED = 1 << 30
 """A `max_tokens` that stands for the width the model was trained for."""
@@ -27,58 +31,107 @@ class Completion(NamedTuple):
 
 
 class Speaker(NamedTuple):
-    """A run's model, ready to continue prompts. `complete(prompt, *, seed=0) -> [Completion]`."""
+    """A model, ready to continue prompts: `complete(prompt, *, seed=0) -> [Completion]`.
+
+    A prompt is a text, or a list of messages, which the model's chat template renders.
+    """
 
     model: runs.Model
     complete: Callable[..., list[Completion]]
 
 
 def open_run(folder: str, *, sampling: Sampling, samples: int = 1) -> Speaker:
-    """Opens a run's model for prompts of any length its context holds.
+    """Opens a model, by what `runs.load_model` takes, for prompts of any length its context holds.
+
+    Prompts are padded to powers of two, so that few widths are compiled.
 
     Raises:
-      ValueError: no model in the folder; later, from `complete`, a prompt that the tokenizer or context cannot hold.
+      ValueError: no model there; later, from `complete`, a prompt that the tokenizer or context cannot hold.
     """
     model = runs.load_model(folder)
+    tokenizer = model.tokenizer
     if sampling.max_tokens == TRAINED:
         sampling = dataclasses.replace(sampling, max_tokens=model.max_tokens)
-    generate = task.make_generate(model.language_model, model.tokenizer, sampling, samples=samples)
+    generate = jax.jit(
+        partial(
+            rollout,
+            model.language_model,
+            sampling=sampling,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+            samples=samples,
+            stop=[(i,) for i in model.ends],
+        )
+    )
     room = model.transformer.max_length - sampling.max_tokens
+    encode = partial(
+        encode_prompts,
+        tokenizer=tokenizer,
+        add_bos=getattr(tokenizer, "adds_bos", False),
+        template=model.template or chatml,
+    )
 
-    def complete(prompt: str, *, seed: int = 0) -> list[Completion]:
-        prompts = task.prompts_of([{"prompt": prompt}], model.tokenizer)
-        width = prompts.tokens.shape[1]
+    def complete(prompt: str | list[Message], *, seed: int = 0) -> list[Completion]:
+        tokens, lengths = encode([{"prompt": prompt}])
+        width = tokens.shape[1]
         if width > room:
             raise ValueError(
                 f"the prompt has {width} tokens and {sampling.max_tokens} new ones are asked for; the context of "
                 f"{model.transformer.max_length} leaves room for {max(room, 0)}. Shorten it or lower --max-tokens"
             )
-        check_ids(np.asarray(prompts.tokens)[0].tolist(), model.transformer.vocab_size)
+        check_ids(tokens[0].tolist(), model.transformer.vocab_size)
+        padding = min(1 << (width - 1).bit_length(), room) - width
+        padded = np.pad(tokens, ((0, 0), (padding, 0)), constant_values=tokenizer.pad_id)
+        prompts = Prompts(jnp.asarray(padded), jnp.asarray(lengths))
         result = jax.device_get(generate(model.params, prompts, jax.random.key(seed)))
         finish = [Finish(reason).name.lower() for reason in result.finish]
-        rows = zip(task.text_of(result, model.tokenizer), finish, result.log_probs.sum(axis=1), strict=True)
+        rows = zip(task.text_of(result, tokenizer), finish, result.log_probs.sum(axis=1), strict=True)
         return [Completion(text, reason, float(log_prob)) for text, reason, log_prob in rows]
 
     return Speaker(model, complete)
 
 
 def chat(speaker: Speaker) -> None:
-    """Reads prompts from standard input until it ends; a line the model cannot read is answered by the reason."""
-    marker, example = speaker.model.marker, speaker.model.example
-    print(f"Type a prompt{f', such as {example}' if example else ''}; Ctrl-D ends.")
+    """Reads lines from standard input until it ends; one the model cannot read is answered by the reason.
+
+    A model with a chat template holds a conversation: each line is the user's next message, /new starts afresh. Any
+    other model continues each line by itself.
+    """
+    model = speaker.model
+    talks = model.template is not None and not model.marker
+    if talks:
+        print("Type a message; /new starts a new conversation, Ctrl-D ends.")
+    else:
+        print(f"Type a prompt{f', such as {model.example}' if model.example else ''}; Ctrl-D ends.")
+    said: list[Message] = []
     for turn in itertools.count():
         try:
             line = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        if not line:
-            continue
-        prompt = line if not marker or line.endswith(marker) else line + marker
-        try:
-            print(prompt + speaker.complete(prompt, seed=turn)[0].text)
-        except ValueError as error:
-            print(f"cannot read that: {error}")
+        if talks and line == "/new":
+            said = []
+        elif line:
+            try:
+                said = _reply(speaker, said, line, turn) if talks else _continue(speaker, line, turn)
+            except ValueError as error:
+                print(f"cannot read that: {error}")
+
+
+def _reply(speaker: Speaker, said: list[Message], line: str, turn: int) -> list[Message]:
+    """Prints the answer and returns the conversation with it; an empty one leaves no trace, templates refuse it."""
+    asked = [*said, {"role": "user", "content": line}]
+    answer = speaker.complete(asked, seed=turn)[0]
+    print(answer.text + ("  [length]" if answer.finish == "length" else ""))
+    return [*asked, {"role": "assistant", "content": answer.text}] if answer.text.strip() else said
+
+
+def _continue(speaker: Speaker, line: str, turn: int) -> list[Message]:
+    marker = speaker.model.marker
+    prompt = line if not marker or line.endswith(marker) else line + marker
+    print(prompt + speaker.complete(prompt, seed=turn)[0].text)
+    return []
 
 
 class Accuracy(NamedTuple):

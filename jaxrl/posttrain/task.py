@@ -1,5 +1,6 @@
 """From a data name or file to records, tokenizer and arrays: what the recipes share."""
 
+import glob
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -8,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl.data import arithmetic, records
-from jaxrl.data.records import Record
+from jaxrl.data import arithmetic, preferences, records, sources
+from jaxrl.data.sources import Record
 from jaxrl.data.split import split_by_problem
 from jaxrl.data.tokenizer import Tokenizer, load_tokenizer
 from jaxrl.nets.language_model import LanguageModel
 from jaxrl.posttrain.rewards.exact import Answers
 from jaxrl.posttrain.rollout import Sampling, rollout
-from jaxrl.types import Prompts, Rollout, TokenBatch
+from jaxrl.types import Labelled, Pairs, Prompts, Rollout, TokenBatch
 
 BUILT_IN = {"arithmetic": arithmetic.problems, "sloppy_arithmetic": arithmetic.sloppy_problems}
 """Data that needs no file."""
@@ -34,7 +35,7 @@ def load_task(data: str, *, tokenizer: Tokenizer | str, marker: str, held_out: i
     """Reads and splits the data.
 
     Args:
-      data: a name of `BUILT_IN` or a JSONL file.
+      data: a name of `BUILT_IN`, a JSONL file, several with commas between them, or a glob pattern.
       tokenizer: a tokenizer, or what `load_tokenizer` takes; empty chooses the built-in data's own, else bytes.
       marker: text after which an answer stands; empty is that of built-in data, else none.
       held_out: problems kept out of training; 0 takes a fifth of the data, at most 512.
@@ -44,6 +45,8 @@ def load_task(data: str, *, tokenizer: Tokenizer | str, marker: str, held_out: i
       ValueError: when the data is neither a name nor a file, or misses a column.
     """
     rows, built_in = load_records(data, columns=columns), data in BUILT_IN
+    if any("chosen" in record for record in rows):  # two conversations may hold their prompt
+        rows = [_with_prompt(record, i) for i, record in enumerate(rows)]
     if isinstance(tokenizer, str):
         tokenizer = arithmetic.tokenizer() if built_in and not tokenizer else load_tokenizer(tokenizer or "byte")
     column = next((name for name in ("prompt", "messages", "text") if rows and name in rows[0]), "prompt")
@@ -53,12 +56,19 @@ def load_task(data: str, *, tokenizer: Tokenizer | str, marker: str, held_out: i
 
 
 def load_records(data: str, *, columns: tuple[str, ...]) -> list[Record]:
-    """The records of built-in data or of a JSONL file; errors as `load_task`."""
+    """The records of built-in data or of files, as `load_task` names them; errors as there."""
     if data in BUILT_IN:
         return BUILT_IN[data]()
-    if not Path(data).is_file():
-        raise ValueError(f"data {data!r} is no file; expected a .jsonl file or one of {', '.join(BUILT_IN)}")
-    return records.read_jsonl(data, require=columns)
+    names = [data] if Path(data).exists() or "," not in data else [name.strip() for name in data.split(",")]
+    for name in names:
+        if not Path(name).exists() and not glob.has_magic(name):
+            raise ValueError(f"data {name!r} is no file; expected a .jsonl file or one of {', '.join(BUILT_IN)}")
+    return sources.read_records(names, require=columns)
+
+
+def _with_prompt(record: Record, number: int) -> Record:
+    with sources.named(sources.place(record, number)):
+        return preferences.with_prompt(record)
 
 
 def prompts_of(rows: list[Record], tokenizer: Tokenizer, *, pad_to: int | None = None) -> Prompts:
@@ -77,6 +87,28 @@ def examples_of(rows: list[Record], tokenizer: Tokenizer) -> TokenBatch:
     """Supervised examples of records."""
     examples = records.encode_examples(rows, tokenizer)
     return TokenBatch(jnp.asarray(examples.tokens), jnp.asarray(examples.loss_mask, jnp.float32))
+
+
+def pairs_of(rows: list[Record], tokenizer: Tokenizer) -> Pairs:
+    """Chosen and rejected responses of records, all of one width."""
+    return jax.tree.map(jnp.asarray, preferences.encode_pairs(rows, tokenizer))
+
+
+def labelled_of(rows: list[Record], tokenizer: Tokenizer) -> Labelled:
+    """Responses of records with their labels."""
+    return jax.tree.map(jnp.asarray, preferences.encode_labelled(rows, tokenizer))
+
+
+def longest_of(rows: list[Record], tokenizer: Tokenizer) -> int:
+    """Tokens of the longest sequence that records of any form teach, its EOS included; 0 of none."""
+    lengths = [0]
+    for i, record in enumerate(rows):
+        with sources.named(sources.place(record, i)):
+            if "chosen" in record or "rejected" in record:
+                lengths += [len(ids) for ids, _ in preferences.encode_pair(record, tokenizer)]
+            else:
+                lengths.append(len(records.encode_example(record, tokenizer)[0]))
+    return max(lengths)
 
 
 def text_of(completions: Rollout, tokenizer: Tokenizer) -> list[str]:

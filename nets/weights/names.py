@@ -37,6 +37,39 @@ LAYER = {  # "model.layers.{i}." + name; our arrays stack the layers on a leadin
     "mlp.up_proj.weight": Place("ffn/up/kernel", transpose=True),
     "mlp.down_proj.weight": Place("ffn/down/kernel", transpose=True),
 }
+IGNORED = ("rotary_emb.inv_freq", "rope_freqs.weight")  # tables that follow from the config; old files hold them
+GGUF_MODEL = {  # llama.cpp's names -> checkpoint names
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+GGUF_LAYER = {  # "blk.{i}." + name -> "model.layers.{i}." + name
+    "attn_norm.weight": "input_layernorm.weight",
+    "attn_q.weight": "self_attn.q_proj.weight",
+    "attn_k.weight": "self_attn.k_proj.weight",
+    "attn_v.weight": "self_attn.v_proj.weight",
+    "attn_output.weight": "self_attn.o_proj.weight",
+    "attn_q.bias": "self_attn.q_proj.bias",
+    "attn_k.bias": "self_attn.k_proj.bias",
+    "attn_v.bias": "self_attn.v_proj.bias",
+    "attn_q_norm.weight": "self_attn.q_norm.weight",
+    "attn_k_norm.weight": "self_attn.k_norm.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "ffn_gate.weight": "mlp.gate_proj.weight",
+    "ffn_up.weight": "mlp.up_proj.weight",
+    "ffn_down.weight": "mlp.down_proj.weight",
+}
+GGUF_INTERLEAVED = {  # architecture -> tensors whose rows llama.cpp reorders, and the metadata key of their heads
+    "llama": {"attn_q.weight": "head_count", "attn_k.weight": "head_count_kv"},
+}
+
+
+def gguf_names(layers: int) -> dict[str, str]:
+    """llama.cpp's tensor names -> checkpoint names."""
+    each = {
+        f"blk.{i}.{theirs}": f"model.layers.{i}.{name}" for i in range(layers) for theirs, name in GGUF_LAYER.items()
+    }
+    return GGUF_MODEL | each
 
 
 def _shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
@@ -67,7 +100,8 @@ def from_checkpoint(config: TransformerConfig, tensors: Mapping[str, Any]) -> di
 
     Args:
       config: the network; decides which tensors must be there.
-      tensors: checkpoint name -> array. With tied embeddings a repeated `lm_head.weight` is ignored.
+      tensors: checkpoint name -> array, or `Stored` in a file: one at a time is read and converted. With tied
+        embeddings a repeated `lm_head.weight` is ignored, and so are tables of rotary frequencies.
 
     Returns:
       The nested dict of `jaxrl.nets.transformer.Transformer`, numpy arrays in `config.param_dtype`.
@@ -78,7 +112,8 @@ def from_checkpoint(config: TransformerConfig, tensors: Mapping[str, Any]) -> di
     wanted = _wanted(config)
     spare = {"lm_head.weight"} if config.tie_embeddings else set()
     problems = [f"missing {name}, expected {want[3]}" for name, want in wanted.items() if name not in tensors]
-    problems += [f"unused {name}" for name in tensors if name not in wanted and name not in spare]
+    unused = [name for name in tensors if name not in wanted and name not in spare and not name.endswith(IGNORED)]
+    problems += [f"unused {name}" for name in unused]
     problems += [
         f"{name} has shape {tuple(np.shape(tensors[name]))}, expected {want[3]}"
         for name, want in wanted.items()
@@ -112,6 +147,7 @@ def to_checkpoint(config: TransformerConfig, params: Mapping[str, Any]) -> dict[
         node: Any = params
         for part in path.split("/"):
             node = node[part]
-        array = np.asarray(node if layer is None else node[layer])
+        array = np.asarray(node)  # before it is cut: on CPU the layers are views of one array, not copies
+        array = array if layer is None else array[layer]
         tensors[name] = array.T if transpose else array
     return tensors

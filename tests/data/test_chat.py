@@ -129,7 +129,7 @@ def test_missing_jinja_gives_the_command_to_run(monkeypatch):
         ("hello", "expected a list"),
         ([{"role": "user"}], r"message 0 has \['role'\]; expected the keys 'role' and 'content'"),
         (["hi"], "message 0 has 'hi'"),
-        ([{"role": "human", "content": "x"}], "role 'human'; expected system, user or assistant"),
+        ([{"role": "human", "content": "x"}], "role 'human'; expected system, user"),
         ([{"role": "user", "content": None}], "content None; expected text"),
         ([{"role": "assistant", "content": " "}], "assistant's content is empty"),
     ],

@@ -205,7 +205,10 @@ def test_assistant_messages_are_trained():
             {"prompt": "1", "completions": "1"},
             r"found columns \['completions', 'prompt'\]; expected .*Did you mean 'completion'",
         ),
-        ({"messages": [{"role": "user", "content": "1"}]}, "record 1: it trains on nothing: none of its"),
+        (
+            {"messages": [{"role": "user", "content": "1"}]},
+            "record 1: .messages. ends with a message of the user; expected the assist",
+        ),
         ({"prompt": "1", "completion": ["1"]}, "the completion is a list but not of one assistant message"),
     ],
 )

@@ -46,11 +46,11 @@ class RunOptions:
     """What every run needs."""
 
     data: str = "arithmetic"
-    """A JSONL file, or built-in data: arithmetic, sloppy_arithmetic."""
+    """A JSONL file, several with commas between them, a pattern, or built-in data: arithmetic, sloppy_arithmetic."""
     out: str = ""
     """Run folder; empty chooses runs/<kind>."""
     init: str = ""
-    """Run folder whose model to start from; empty starts from nothing."""
+    """Run folder, smollm2-135m, Hugging Face folder or .gguf file to start from; empty starts from nothing."""
     tokenizer: str = ""
     """byte, char:ALPHABET or a tokenizer.json; empty takes that of `init` or of the built-in data, else byte."""
     marker: str = ""
@@ -117,7 +117,8 @@ def prepare(run: RunOptions, *, columns: tuple[str, ...], max_tokens: int, super
         transformer = TransformerConfig(vocab_size=work.tokenizer.vocab_size, max_length=longest, **fields)
     else:
         transformer = dataclasses.replace(start.transformer, max_length=max(longest, start.transformer.max_length))
-        if run.tokenizer and work.tokenizer.to_json() != start.tokenizer.to_json():
+        content = lambda tokenizer: {k: v for k, v in tokenizer.to_json().items() if k != "file"}
+        if run.tokenizer and content(work.tokenizer) != content(start.tokenizer):
             raise ValueError(
                 f"--tokenizer {run.tokenizer} is not that of the model of {run.init}, whose ids mean something else; "
                 "leave it out to use the model's own"
@@ -135,7 +136,7 @@ def _longest(work: task.Task, max_tokens: int, *, supervised: bool) -> int:
         if all("prompt" in record for record in records):
             lengths.append(task.prompts_of(records, work.tokenizer).tokens.shape[1] + max_tokens)
         if supervised:
-            lengths.append(task.examples_of(records, work.tokenizer).tokens.shape[1])
+            lengths.append(task.longest_of(records, work.tokenizer))
     return max(lengths)
 
 

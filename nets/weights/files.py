@@ -1,0 +1,184 @@
+"""Safetensors files, one or several, in and out: no pickle, no torch.
+
+Reading opens the files and maps them; a tensor's bytes are touched when it is asked for.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: its shape is known, its values are read by `np.asarray`, anew each time."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.asarray(self.read(), dtype)
+
+
+def read_safetensors(where: str | Path) -> dict[str, Stored]:
+    """The tensors of a checkpoint: checkpoint name -> `Stored`.
+
+    Args:
+      where: a `.safetensors` file, or a folder with `model.safetensors`, or with the files that
+        `model.safetensors.index.json` names, or with one file of another name.
+
+    Raises:
+      ValueError: no such file; pickled weights; a file that is cut short or of another kind; a file or tensor that
+        the index names and that is not there; tensors that are not floats (a quantised checkpoint).
+      ImportError: with the command to run, if `safetensors` is not installed.
+    """
+    path = Path(where)
+    refuse_pickle(path)
+    files, promised = _files(path) if path.is_dir() else ([path], {})
+    tensors: dict[str, Stored] = {}
+    problems = []
+    for file in files:
+        found, wrong = _open(file)
+        problems += [f"{name} in {file.name} is {kind}" for name, kind in wrong.items()]
+        problems += [f"{name} is in {file.name} and in a file before it" for name in found if name in tensors]
+        tensors |= found
+        missing = [name for name, shard in promised.items() if shard == file.name and name not in found]
+        problems += [f"{name} is not in {file.name}, where {INDEX} says it is" for name in missing if name not in wrong]
+    if problems:
+        raise ValueError(
+            f"{path}: expected floats ({', '.join(FLOATS)}), each tensor once and where the index says, but\n  "
+            + "\n  ".join(problems)
+        )
+    return tensors
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise ValueError if `path` is a pickle, or a folder whose only weights are pickles."""
+    if path.is_dir():
+        pickles = sorted(p.name for p in path.iterdir() if p.name.endswith(PICKLES) and "training_args" not in p.name)
+        if any(path.glob("*.safetensors")) or (path / INDEX).exists():
+            pickles = []
+    else:
+        pickles = [path.name] if path.name.endswith(PICKLES) else []
+    if pickles:
+        raise ValueError(
+            f"{path} has its weights in {pickles[0]}, a pickle, and reading a pickle can run any program hidden in it; "
+            "expected .safetensors or .gguf. Ask its author for safetensors, or convert it where you trust it: "
+            "safetensors.torch.save_file(torch.load(file, weights_only=True), 'model.safetensors')"
+        )
+
+
+def write_safetensors(
+    folder: str | Path, tensors: Mapping[str, Any], *, dtype: str = "float32", shard_bytes: int = 5 * 10**9
+) -> list[Path]:
+    """Write a checkpoint; one file is held in memory at a time.
+
+    Args:
+      folder: made if it is not there.
+      tensors: checkpoint name -> array, or `Stored`.
+      dtype: float32, bfloat16 or float16, the type they are stored in.
+      shard_bytes: the most one file holds (a larger tensor gets a file of its own). More than one file comes with
+        `model.safetensors.index.json`.
+
+    Returns:
+      The files, in order.
+
+    Raises:
+      ValueError: a type that is none of the three, or a value too large for float16.
+    """
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype is {dtype!r}, expected float32, bfloat16 or float16")
+    if shard_bytes <= 0:
+        raise ValueError(f"shard_bytes is {shard_bytes}, expected a positive number of bytes")
+    save_file = _safetensors().numpy.save_file
+    sizes = {name: int(np.prod(np.shape(t))) * jnp.dtype(dtype).itemsize for name, t in tensors.items()}
+    shards: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    count, folder = len(shards), Path(folder)
+    names = [ONE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, shard in zip(names, shards, strict=True):
+        plain = {name: _as_type(name, tensors[name], dtype) for name in shard}
+        save_file(plain, folder / file, metadata={"format": "pt"})  # without it transformers refuses the file
+        (folder / file).chmod(0o644)  # the writer leaves it to its owner alone
+    if count > 1:
+        places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(places.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return [folder / file for file in names]
+
+
+def _as_type(name: str, tensor: Any, dtype: str) -> np.ndarray:
+    """The writer copies memory as it lies: transposed views are laid out first."""
+    array = np.asarray(tensor)
+    if dtype == "float16" and array.size and np.abs(array).max() > np.finfo(np.float16).max:
+        raise ValueError(f"{name} holds {np.abs(array).max():g}, too large for float16; export bfloat16 or float32")
+    return np.ascontiguousarray(array, dtype=jnp.dtype(dtype)).reshape(array.shape)
+
+
+def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files of a folder, and tensor -> file as its index promises."""
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{index} is not an index of safetensors (JSON with a weight_map): {error!r}") from None
+        files = [folder / name for name in sorted(set(places.values()))]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise ValueError(
+                f"{folder} lacks {len(missing)} of the {len(files)} files that {INDEX} names: {', '.join(missing)}. "
+                "Download them again"
+            )
+        return files, places
+    found = [folder / ONE] if (folder / ONE).is_file() else sorted(folder.glob("*.safetensors"))
+    if len(found) != 1:
+        what = "no .safetensors file" if not found else f"{len(found)} .safetensors files but no {INDEX}"
+        raise ValueError(f"{folder} holds {what}; expected {ONE}, or several files with {INDEX}")
+    return found, {}
+
+
+def _open(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The float tensors of one file, and name -> type of the others."""
+    if not file.is_file():
+        raise ValueError(f"no file {file}; expected a .safetensors file or the folder that holds one")
+    try:
+        handle = _safetensors().safe_open(file, framework="numpy")
+        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118  (no mapping)
+    except (ValueError, ImportError, FileNotFoundError):
+        raise
+    except Exception as error:  # its own error class is of no module that one could name
+        raise ValueError(f"{file} is not a whole safetensors file ({error}). Download it again") from None
+
+    def stored(name: str) -> Stored:
+        return Stored(tuple(slices[name].get_shape()), lambda: handle.get_tensor(name))
+
+    kinds = {name: part.get_dtype() for name, part in slices.items()}
+    return (
+        {name: stored(name) for name, kind in kinds.items() if kind in FLOATS},
+        {name: kind for name, kind in kinds.items() if kind not in FLOATS},
+    )
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError(
+            "safetensors files take the package `safetensors`, which is not installed. "
+            "Run: pip install 'jaxrl[hf]'   (or: pip install safetensors)"
+        ) from error
+    return safetensors
