@@ -134,20 +134,12 @@ def demo(argv: Sequence[str]) -> None:
     demo.main(config.parse(demo.Demo, argv, prog="jaxrl demo"))
 
 
-def train_sft(argv: Sequence[str]) -> None:
-    """`jaxrl train sft`."""
+def train_model(kind: str, options: str, function: str, argv: Sequence[str]) -> None:
+    """`jaxrl train KIND`; options and function are names in `jaxrl.posttrain.recipes`."""
     from jaxrl import runs
     from jaxrl.posttrain import recipes
 
-    _train("sft", recipes.SFTRun, recipes.train_sft, argv, next_steps=runs.next_steps)
-
-
-def train_grpo(argv: Sequence[str]) -> None:
-    """`jaxrl train grpo`."""
-    from jaxrl import runs
-    from jaxrl.posttrain import recipes
-
-    _train("grpo", recipes.GRPORun, recipes.train_grpo, argv, next_steps=runs.next_steps)
+    _train(kind, getattr(recipes, options), getattr(recipes, function), argv, next_steps=runs.next_steps)
 
 
 def train_agent(name: str, argv: Sequence[str], *, prog: str = "", **changes) -> None:
@@ -335,6 +327,15 @@ def env(argv: Sequence[str]) -> None:
         print(json.dumps(runs.environment(), indent=2))
 
 
+MODELS = {
+    "grpo": ("GRPORun", "GRPO and its family on prompts with verifiable answers"),
+    "sft": ("SFTRun", "supervised fine-tuning"),
+    "rm": ("RMRun", "a reward model, from comparisons or from steps"),
+    "dpo": ("DPORun", "DPO and its family on comparisons"),
+    "kto": ("KTORun", "KTO on responses judged one by one"),
+}
+"""The recipes of `jaxrl.posttrain.recipes`: what they take, and what they do."""
+
 AGENTS = {
     "reinforce": "Monte-Carlo policy gradient, with or without a baseline",
     "qac": "actor-critic with action values by Sarsa",
@@ -361,8 +362,10 @@ BENCHES = {
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "demo": (demo, "post-train a small model with GRPO, from nothing, in minutes"),
-    "train grpo": (train_grpo, "GRPO and its family on prompts with verifiable answers"),
-    "train sft": (train_sft, "supervised fine-tuning"),
+    **{
+        f"train {kind}": (functools.partial(train_model, kind, options, f"train_{kind}"), text)
+        for kind, (options, text) in MODELS.items()
+    },
     **{f"train {name}": (functools.partial(train_agent, name), text) for name, text in AGENTS.items()},
     "sweep": (sweep, "an agent over seeds and hyper-parameters, in one program"),
     "eval": (evaluate, "greedy accuracy of a run's model, or greedy returns of an agent"),

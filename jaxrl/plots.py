@@ -11,6 +11,8 @@ from jaxrl import statistics
 PANELS = {
     "reward": ("reward/mean",),
     "held-out accuracy, greedy": ("eval/accuracy", "eval/reward"),
+    "held-out pairs in order": ("eval/pair_accuracy", "eval/step_accuracy"),
+    "reward margin": ("rewards/margins",),
     "entropy (nats)": ("policy/entropy",),
     "completion length (tokens)": ("completion/length",),
     "KL to the start (nats)": ("policy/kl",),

@@ -144,11 +144,14 @@ def next_steps(folder: str | Path) -> str:
     kind, values = read_config(path)
     example = json.loads((path / MODEL).read_text())["example"]
     plot = path / "curves.png"
+    using = {"talk to it": f"jaxrl chat {path}"}
+    if kind in ("grpo", "sft"):
+        using["evaluate it"] = f"jaxrl eval {path}"
+    if example:
+        using["sample from it"] = f"jaxrl generate {path} --prompt {shlex.quote(example)}"
     lines = {
         "learning curves": str(plot) if plot.exists() else "none: pip install 'jaxrl[plot]' draws them",
-        "talk to it": f"jaxrl chat {path}",
-        "evaluate it": f"jaxrl eval {path}",
-        **({"sample from it": f"jaxrl generate {path} --prompt {shlex.quote(example)}"} if example else {}),
+        **(using if kind != "rm" else {}),
         "train on": f"jaxrl train {kind} --resume {path} --steps {2 * values['steps']}",
         "on your own data": f"jaxrl train grpo --init {path} --data problems.jsonl",
     }

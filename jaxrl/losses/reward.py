@@ -1,9 +1,9 @@
-"""The loss of a reward model that learns from comparisons."""
+"""The losses of reward models: one that learns from comparisons, and one from steps judged right or wrong."""
 
 import jax
 import jax.numpy as jnp
 
-from jaxrl.losses.checks import same_shape
+from jaxrl.losses.checks import choice, same_shape
 
 
 def bradley_terry(
@@ -49,3 +49,53 @@ def bradley_terry(
         "rejected_rewards": rejected,
     }
     return values, jax.tree.map(jax.lax.stop_gradient, diagnostics)
+
+
+def process(step_rewards: jax.Array, correct: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """-y log sigmoid(r) - (1 - y) log sigmoid(-r), the loss of every step of a solution that is judged step by step.
+
+    Lightman et al. 2023, arXiv 2305.20050, with two labels: where they also have "neutral", call it one of the two.
+
+    Args:
+      step_rewards: [...] r, log-odds that the step is right, read at its last token.
+      correct: [...] y, true (or 1) where it is.
+
+    Returns:
+      ([...] float32 losses, {"accuracy": [...] 1.0 where the sign of r agrees with y, "probability": [...]
+      sigmoid(r)}); diagnostics carry no gradient.
+
+    Raises:
+      ValueError: different shapes.
+    """
+    same_shape("[...]", step_rewards=step_rewards, correct=correct)
+    rewards, correct = jnp.asarray(step_rewards, jnp.float32), jnp.asarray(correct, jnp.float32)
+    values = -correct * jax.nn.log_sigmoid(rewards) - (1.0 - correct) * jax.nn.log_sigmoid(-rewards)
+    diagnostics = {
+        "accuracy": ((rewards > 0) == (correct > 0.5)).astype(jnp.float32),
+        "probability": jax.nn.sigmoid(rewards),
+    }
+    return values, jax.tree.map(jax.lax.stop_gradient, diagnostics)
+
+
+def solution_score(step_rewards: jax.Array, ends: jax.Array, *, how: str = "product") -> jax.Array:
+    """One score for a solution from those of its steps (Lightman et al. 2023, arXiv 2305.20050, section 2.6).
+
+        product:  prod_i sigmoid(r_i), the probability that every step is right
+        min:      min_i sigmoid(r_i), that of the weakest
+
+    Args:
+      step_rewards: [B, T] r, log-odds, of which only those at step ends are read.
+      ends: [B, T] true at the last token of each step.
+      how: product or min.
+
+    Returns:
+      [B] float32; 1 for a solution without steps.
+
+    Raises:
+      ValueError: different shapes, an unknown name.
+    """
+    same_shape("[B, T]", step_rewards=step_rewards, ends=ends)
+    log_probability = jax.nn.log_sigmoid(jnp.asarray(step_rewards, jnp.float32))
+    log_probability = jnp.where(jnp.asarray(ends, bool), log_probability, 0.0)
+    combine = choice("how", how, {"product": jnp.sum, "min": jnp.min})
+    return jnp.exp(combine(log_probability, axis=1))

@@ -18,6 +18,7 @@ from jaxrl.losses import group as family
 from jaxrl.losses import kl, reduce
 from jaxrl.nets.language_model import LanguageModel
 from jaxrl.posttrain import draw, update
+from jaxrl.posttrain.rewards.host import Scored
 from jaxrl.posttrain.rewards.length import relative_length, soft_overlong
 from jaxrl.posttrain.rollout import Sampling, completion_log_probs, rollout
 from jaxrl.types import Finish, Prompts, Rollout
@@ -338,7 +339,8 @@ def hosted(grpo: GRPO, reward: Callable[[Rollout, Any], Any], config: GRPOConfig
 
     Args:
       grpo: from `make`.
-      reward: `(rollout on the host, rows [prompts] of the problems) -> [B]` numbers, NaN where there is none.
+      reward: `(rollout on the host, rows [prompts] of the problems) -> rewards.Scored`: `[B]` numbers, NaN where there
+        is none, and metrics of the step (their mean over rounds of sampling); or the numbers alone.
       config: that of `make`.
     """
     sample, learn = jax.jit(grpo.sample), jax.jit(grpo.learn, donate_argnums=0)
@@ -347,18 +349,23 @@ def hosted(grpo: GRPO, reward: Callable[[Rollout, Any], Any], config: GRPOConfig
 
     def scored(state, problems: Problems):
         state, completions, rows = sample(state, problems)
-        rewards = reward(jax.device_get(completions), jax.device_get(rows))
-        return state, draw.Round(completions, jnp.asarray(rewards, jnp.float32), rows)
+        given = reward(jax.device_get(completions), jax.device_get(rows))
+        values, parts = given if isinstance(given, Scored) else (given, {})
+        return state, draw.Round(completions, jnp.asarray(values, jnp.float32), rows), parts
 
     def step(state, problems: Problems):
-        state, fresh = scored(state, problems)
+        state, fresh, *parts = scored(state, problems)
         if config.dynamic_rounds == 1:
-            return learn(state, *fresh)
-        full, rounds = begin(fresh), 1
-        while full.filled < config.prompts and rounds < config.dynamic_rounds:
-            state, fresh = scored(state, problems)
-            full, rounds = refill(full, fresh), rounds + 1
-        return learn_full(state, full, jnp.int32(rounds))
+            state, metrics = learn(state, *fresh)
+        else:
+            full, rounds = begin(fresh), 1
+            while full.filled < config.prompts and rounds < config.dynamic_rounds:
+                state, fresh, more = scored(state, problems)
+                full, rounds, parts = refill(full, fresh), rounds + 1, [*parts, more]
+            state, metrics = learn_full(state, full, jnp.int32(rounds))
+        return state, metrics | {
+            name: jnp.float32(sum(p.get(name, jnp.nan) for p in parts) / len(parts)) for name in parts[0]
+        }
 
     return step
 

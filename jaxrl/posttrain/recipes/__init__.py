@@ -13,5 +13,11 @@ from jaxrl.posttrain.recipes.common import Outcome as Outcome
 from jaxrl.posttrain.recipes.common import RunOptions as RunOptions
 from jaxrl.posttrain.recipes.grpo import GRPORun as GRPORun
 from jaxrl.posttrain.recipes.grpo import train_grpo as train_grpo
+from jaxrl.posttrain.recipes.preference import DPORun as DPORun
+from jaxrl.posttrain.recipes.preference import KTORun as KTORun
+from jaxrl.posttrain.recipes.preference import train_dpo as train_dpo
+from jaxrl.posttrain.recipes.preference import train_kto as train_kto
+from jaxrl.posttrain.recipes.reward_model import RMRun as RMRun
+from jaxrl.posttrain.recipes.reward_model import train_rm as train_rm
 from jaxrl.posttrain.recipes.sft import SFTRun as SFTRun
 from jaxrl.posttrain.recipes.sft import train_sft as train_sft

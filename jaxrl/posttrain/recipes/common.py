@@ -129,6 +129,14 @@ def prepare(run: RunOptions, *, columns: tuple[str, ...], max_tokens: int, super
     return Setup(work, model, transformer, initial, parallel.make_mesh(run.mesh) if run.mesh else None)
 
 
+def with_context(setup: Setup, length: int) -> Setup:
+    """The setup with a model that takes rows of `length` tokens; its parameters do not depend on that."""
+    if length <= setup.transformer.max_length:
+        return setup
+    transformer = dataclasses.replace(setup.transformer, max_length=length)
+    return setup._replace(transformer=transformer, model=language_model(transformer))
+
+
 def _longest(work: task.Task, max_tokens: int, *, supervised: bool) -> int:
     """Context needed: the longest prompt and the completion width, or the longest example that is learnt from."""
     lengths = [0]
@@ -160,7 +168,7 @@ def exact_evaluation(setup: Setup, max_tokens: int) -> Evaluation:
 
 def text_evaluation(setup: Setup, max_tokens: int, reward: rewards.Reward, *, exact: bool) -> Evaluation:
     held_out, tokenizer = setup.task.held_out, setup.task.tokenizer
-    score = lambda completions: score_texts(reward, completions, held_out, tokenizer, samples=1)
+    score = lambda completions: score_texts(reward, completions, held_out, tokenizer, samples=1).values
     return greedy_evaluation("eval/accuracy" if exact else "eval/reward", setup, max_tokens, score)
 
 
@@ -178,11 +186,11 @@ def greedy_evaluation(name: str, setup: Setup, max_tokens: int, score: Callable)
     return Evaluation(name, evaluate)
 
 
-def score_texts(reward, completions: Rollout, records: list, tokenizer: Tokenizer, *, samples: int) -> np.ndarray:
+def score_texts(reward, completions: Rollout, records: list, tokenizer: Tokenizer, *, samples: int) -> rewards.Scored:
     names = set().union(*records) - {"prompt", "completion"}
     columns = {name: [record.get(name) for record in records] for name in sorted(names)}
     prompts = [record["prompt"] for record in records]
-    return rewards.score(reward, completions, tokenizer, prompts, columns, samples=samples)
+    return rewards.score_parts(reward, completions, tokenizer, prompts, columns, samples=samples)
 
 
 def drive(
@@ -247,7 +255,7 @@ def drive(
                 rows = list(zip(setup.task.held_out, texts, scores, strict=True))
                 rows = rows[:: max(len(rows) // 6, 1)][:6]
                 view.table(
-                    f"held-out problems at step {step}, greedy",
+                    f"held-out at step {step}",
                     ("prompt", "completion", "answer", "reward"),
                     [(str(r["prompt"]), text, str(r.get("answer", "")), f"{value:g}") for r, text, value in rows],
                 )

@@ -27,7 +27,12 @@ class GRPORun(RunOptions):
     """GRPO and its family on prompts with verifiable answers."""
 
     reward: str = ""
-    """Python reward, path/to/file.py:function; empty compares answers exactly."""
+    """Python reward: path/to/file.py:function, a built-in one such as number, or a sum such as number + 0.2*format;
+    empty compares answers exactly."""
+    reward_timeout: float = 0.0
+    """Seconds for each part of the reward and call, after which its completions have none; 0 is no limit."""
+    reward_normalise: bool = False
+    """Normalise each part of the reward within its group, then sum (GDPO); use it with --grpo.scale batch."""
     optimizer: update.OptimizerConfig = dataclasses.field(
         default_factory=lambda: update.OptimizerConfig(learning_rate=5e-5, warmup_steps=10)
     )
@@ -60,7 +65,9 @@ def train_grpo(run: GRPORun, *, resume: bool = False, display: Display | None = 
     prompts = task.prompts_of(training, tokenizer)
     if run.reward or not answers_by_token(setup.task):
         reward = (
-            rewards.load_reward(run.reward) if run.reward else partial(rewards.exact_text, marker=setup.task.marker)
+            rewards.load_reward(run.reward, timeout=run.reward_timeout or None, normalise=run.reward_normalise)
+            if run.reward
+            else partial(rewards.exact_text, marker=setup.task.marker)
         )
 
         def score(completions: Rollout, rows):

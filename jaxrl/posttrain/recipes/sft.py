@@ -4,9 +4,8 @@ import dataclasses
 
 from jaxrl.data.records import encode_examples
 from jaxrl.display import Display
-from jaxrl.nets.language_model import language_model
 from jaxrl.posttrain import sft, update
-from jaxrl.posttrain.recipes.common import Outcome, RunOptions, Setup, drive, exact_evaluation, prepare
+from jaxrl.posttrain.recipes.common import Outcome, RunOptions, drive, exact_evaluation, prepare, with_context
 from jaxrl.posttrain.sft import SFTConfig
 
 
@@ -41,7 +40,7 @@ def train_sft(run: SFTRun, *, resume: bool = False, display: Display | None = No
     if overlong:
         fate = {"drop": "dropped", "cut": "cut"}[run.sft.overlong]
         (display or Display()).note(f"{overlong} examples are longer than {run.sft.width} tokens and were {fate}")
-    setup = _with_context(setup, examples.tokens.shape[1])
+    setup = with_context(setup, examples.tokens.shape[1])
     optimizer = update.make_optimizer(run.optimizer)
     recipe = sft.make(
         run.sft, setup.model, optimizer, max_grad_norm=run.optimizer.max_grad_norm, constrain=setup.constrain
@@ -51,11 +50,3 @@ def train_sft(run: SFTRun, *, resume: bool = False, display: Display | None = No
         evaluation = exact_evaluation(setup, run.max_tokens)
     return drive("sft", run, setup, recipe.init, recipe.step, examples, evaluation,
                   max_tokens=run.max_tokens, stop_at=run.stop_at, resume=resume, display=display)  # fmt: skip
-
-
-def _with_context(setup: Setup, length: int) -> Setup:
-    """The setup with a model that takes rows of `length` tokens; its parameters do not depend on that."""
-    if length <= setup.transformer.max_length:
-        return setup
-    transformer = dataclasses.replace(setup.transformer, max_length=length)
-    return setup._replace(transformer=transformer, model=language_model(transformer))

@@ -1,6 +1,7 @@
 """Exact-answer rewards: in token ids on the device, in text on the host."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import flax.struct
 import jax
@@ -70,3 +71,8 @@ def exact_text(
         float(reason != "length" and read(text) == str(expected).strip())
         for text, expected, reason in zip(completions, answer, finish_reasons, strict=True)
     ]
+
+
+def exact_reward(*, marker: str | None = None) -> Callable[..., list[float]]:
+    """`exact_text` with its marker, to be combined with others."""
+    return partial(exact_text, marker=marker)
