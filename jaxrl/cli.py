@@ -134,12 +134,14 @@ def demo(argv: Sequence[str]) -> None:
     demo.main(config.parse(demo.Demo, argv, prog="jaxrl demo"))
 
 
-def train_model(kind: str, options: str, function: str, argv: Sequence[str]) -> None:
-    """`jaxrl train KIND`; options and function are names in `jaxrl.posttrain.recipes`."""
+def train_model(name: str, argv: Sequence[str]) -> None:
+    """`jaxrl train NAME`, with options and function of `jaxrl.posttrain.recipes`."""
     from jaxrl import runs
     from jaxrl.posttrain import recipes
 
-    _train(kind, getattr(recipes, options), getattr(recipes, function), argv, next_steps=runs.next_steps)
+    kind, options, function, _ = MODELS[name]
+    options, train = getattr(recipes, options), getattr(recipes, function)
+    _train(kind, options, train, argv, next_steps=runs.next_steps, prog=f"jaxrl train {name}")
 
 
 def train_agent(name: str, argv: Sequence[str], *, prog: str = "", **changes) -> None:
@@ -328,13 +330,15 @@ def env(argv: Sequence[str]) -> None:
 
 
 MODELS = {
-    "grpo": ("GRPORun", "GRPO and its family on prompts with verifiable answers"),
-    "sft": ("SFTRun", "supervised fine-tuning"),
-    "rm": ("RMRun", "a reward model, from comparisons or from steps"),
-    "dpo": ("DPORun", "DPO and its family on comparisons"),
-    "kto": ("KTORun", "KTO on responses judged one by one"),
+    "grpo": ("grpo", "GRPORun", "train_grpo", "GRPO and its family on prompts with verifiable answers"),
+    "sft": ("sft", "SFTRun", "train_sft", "supervised fine-tuning"),
+    "rm": ("rm", "RMRun", "train_rm", "a reward model, from comparisons or from steps"),
+    "ppo-rlhf": ("ppo-rlhf", "PPORun", "train_ppo", "PPO with a critic, on a learned, Python or exact reward"),
+    "ppo-max": ("ppo-rlhf", "PPO_MAX_RUN", "train_ppo", "the same with the switches of PPO-max on"),
+    "dpo": ("dpo", "DPORun", "train_dpo", "DPO and its family on comparisons"),
+    "kto": ("kto", "KTORun", "train_kto", "KTO on responses judged one by one"),
 }
-"""The recipes of `jaxrl.posttrain.recipes`: what they take, and what they do."""
+"""Runs of language models: their kind, and options and function in `jaxrl.posttrain.recipes`."""
 
 AGENTS = {
     "reinforce": "Monte-Carlo policy gradient, with or without a baseline",
@@ -362,10 +366,7 @@ BENCHES = {
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "demo": (demo, "post-train a small model with GRPO, from nothing, in minutes"),
-    **{
-        f"train {kind}": (functools.partial(train_model, kind, options, f"train_{kind}"), text)
-        for kind, (options, text) in MODELS.items()
-    },
+    **{f"train {name}": (functools.partial(train_model, name), text) for name, (*_, text) in MODELS.items()},
     **{f"train {name}": (functools.partial(train_agent, name), text) for name, text in AGENTS.items()},
     "sweep": (sweep, "an agent over seeds and hyper-parameters, in one program"),
     "eval": (evaluate, "greedy accuracy of a run's model, or greedy returns of an agent"),

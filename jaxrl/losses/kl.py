@@ -127,3 +127,31 @@ def categorical(log_probs: jax.Array, ref_log_probs: jax.Array) -> jax.Array:
     possible = log_p > -jnp.inf
     difference = jnp.where(possible, log_p, 0.0) - jnp.where(possible, log_q, 0.0)
     return jnp.sum(jnp.exp(log_p) * difference, axis=-1)
+
+
+def adapted_coefficient(
+    coefficient: jax.Array, kl: jax.Array, *, target: float, samples: float, horizon: float
+) -> jax.Array:
+    """The next weight of a KL penalty, driven so that the KL comes to a target.
+
+        beta' = beta (1 + clip(kl / target - 1, -0.2, 0.2) samples / horizon)
+
+    Ziegler et al. 2019, arXiv 1909.08593, section 2.2, with their code's reading of K_beta = samples / horizon.
+
+    Args:
+      coefficient: scalar beta of the samples seen.
+      kl: scalar, their mean KL(pi || ref), summed over a completion.
+      target: the KL wanted, in the same unit.
+      samples: completions seen since the last change.
+      horizon: completions over which a KL that is 20 % off or more changes beta by a fifth.
+
+    Returns:
+      float32 scalar.
+
+    Raises:
+      ValueError: a target or horizon that is not positive.
+    """
+    if target <= 0 or horizon <= 0:
+        raise ValueError(f"target is {target} and horizon {horizon}, expected both above 0")
+    error = jnp.clip(jnp.asarray(kl, jnp.float32) / target - 1.0, -0.2, 0.2)
+    return jnp.asarray(coefficient, jnp.float32) * (1.0 + error * samples / horizon)

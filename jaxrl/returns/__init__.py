@@ -20,3 +20,5 @@ from jaxrl.returns.recursions import discounted_scan as discounted_scan
 from jaxrl.returns.recursions import gae as gae
 from jaxrl.returns.recursions import lambda_returns as lambda_returns
 from jaxrl.returns.recursions import n_step_returns as n_step_returns
+from jaxrl.returns.tokens import token_gae as token_gae
+from jaxrl.returns.tokens import token_rewards as token_rewards

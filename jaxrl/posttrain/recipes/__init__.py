@@ -13,6 +13,9 @@ from jaxrl.posttrain.recipes.common import Outcome as Outcome
 from jaxrl.posttrain.recipes.common import RunOptions as RunOptions
 from jaxrl.posttrain.recipes.grpo import GRPORun as GRPORun
 from jaxrl.posttrain.recipes.grpo import train_grpo as train_grpo
+from jaxrl.posttrain.recipes.ppo import PPO_MAX_RUN as PPO_MAX_RUN
+from jaxrl.posttrain.recipes.ppo import PPORun as PPORun
+from jaxrl.posttrain.recipes.ppo import train_ppo as train_ppo
 from jaxrl.posttrain.recipes.preference import DPORun as DPORun
 from jaxrl.posttrain.recipes.preference import KTORun as KTORun
 from jaxrl.posttrain.recipes.preference import train_dpo as train_dpo
