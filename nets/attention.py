@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxrl.kernels.attention import Window, attention
+from jaxrl.kernels.attention import Full, Window, attention
 from jaxrl.nets.layers import Linear, RMSNorm, normal
 from jaxrl.nets.rope import rotate
 
@@ -45,13 +45,31 @@ def load(slot: Slot, dtype: str) -> tuple[jax.Array, jax.Array]:
     return read(slot.k), read(slot.v)
 
 
+def with_prefix(q, prefix, y, lse):
+    """Attention as if keys and values that every query sees stood before those that were attended to.
+
+    With o', lse' of attention to the prefix alone:  y = (exp(lse) o + exp(lse') o') / (exp(lse) + exp(lse')).
+
+    Args:
+      q: [B, T, H, Dh].
+      prefix: {"k", "v"}, each [P, K, Dh], the keys rotated already or not to be rotated.
+      y, lse: [B, T, H, Dh] and float32 [B, T, H], of attention without the prefix.
+    """
+    whole = (q.shape[0], *prefix["k"].shape)
+    k, v = (jnp.broadcast_to(prefix[name][None].astype(q.dtype), whole) for name in ("k", "v"))
+    other: Any = attention(q, k, v, mask=Full(), implementation="reference", return_lse=True)
+    share = jax.nn.sigmoid(lse - other[1])[..., None]
+    return (share * y + (1.0 - share) * other[0]).astype(y.dtype)
+
+
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245).
 
     Query head h reads kv head h // (heads / kv_heads).
     Parameters: q/kernel [D, H * Dh], k/kernel and v/kernel [D, K * Dh], o/kernel [H * Dh, D] (from
     `out_init`); with `qkv_bias` a bias beside the first three; with `qk_norm` q_norm/scale and k_norm/scale
-    [Dh], an RMSNorm of each head before the rotation (Qwen3).
+    [Dh], an RMSNorm of each head before the rotation (Qwen3). If the tree holds prefix/k and prefix/v [P, K, Dh]
+    (`jaxrl.nets.adapters`), every query sees them, in windowed layers too; they take no column of a cache.
     """
 
     heads: int
@@ -97,8 +115,13 @@ class Attention(nn.Module):
             slot = store(slot, k, v)
             (k, v), offset = load(slot, self.dtype), slot.length
 
+        prefix: Any = self.get_variable("params", "prefix")
+
         def attend(mask) -> Any:
-            return attention(q, k, v, mask=mask, q_offset=offset, implementation=self.implementation)
+            options: dict[str, Any] = {"mask": mask, "q_offset": offset, "implementation": self.implementation}
+            if prefix is None:
+                return attention(q, k, v, **options)
+            return with_prefix(q, prefix, *attention(q, k, v, return_lse=True, **options))
 
         near = mask if self.window is None else mask & Window(self.window)
         y = attend(near) if windowed is None else jax.lax.cond(windowed, lambda: attend(near), lambda: attend(mask))

@@ -1,7 +1,7 @@
 """The small parts of a Transformer: linear maps, RMSNorm, SwiGLU."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -10,11 +10,36 @@ import jax.numpy as jnp
 normal = nn.initializers.normal
 
 
+@runtime_checkable
+class Operator(Protocol):
+    """A linear layer's map in another form than an array: quantised, or with an adapter (`jaxrl.nets.adapters`).
+
+    A pytree that may stand in a tree of parameters where a kernel [in, out] stands; its leaves are stacked as kernels
+    are.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the kernel, [..., in, out]."""
+        ...
+
+    def times(self, rows: jax.Array, *, dot: Callable, dtype: Any) -> jax.Array:
+        """What the layer makes of rows [N, in] in `dtype`, [N, out]; `dot` multiplies a matrix by a matrix."""
+        ...
+
+
+def times(rows: jax.Array, kernel: Any, *, dot: Callable, dtype: Any) -> jax.Array:
+    """rows [N, in] times a kernel, an array or an `Operator`."""
+    if isinstance(kernel, Operator):
+        return kernel.times(rows, dot=dot, dtype=dtype)
+    return dot(rows, kernel.astype(dtype))
+
+
 class Linear(nn.Module):
     """y = x W (+ b), with W [in, out]: computed in `dtype`, kept in `param_dtype`.
 
-    Parameters: kernel [in, out] from `kernel_init` and, with `use_bias`, bias [out] = 0. `dot` multiplies [N, in] by
-    [in, out]: `jnp.dot` or `small_dot`.
+    Parameters: kernel [in, out] from `kernel_init`, in whose place an `Operator` may stand, and, with `use_bias`, bias
+    [out] = 0. `dot` multiplies [N, in] by [in, out]: `jnp.dot` or `small_dot`.
     """
 
     features: int
@@ -28,10 +53,14 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x [..., in] to [..., features]."""
         shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, jnp.dtype(self.param_dtype))
+        kernel = self.get_variable("params", "kernel")
+        if not isinstance(kernel, Operator):
+            kernel = self.param("kernel", self.kernel_init, shape, jnp.dtype(self.param_dtype))
+        elif kernel.shape != shape:
+            raise ValueError(f"{'/'.join(self.path)}/kernel is a map of shape {kernel.shape}, expected {shape}")
         # rows of a matrix: the kernel's gradient of [B, T, in] x [in, out] would transpose both factors in memory
         rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
-        y = self.dot(rows, kernel.astype(self.dtype)).reshape(*x.shape[:-1], self.features)
+        y = times(rows, kernel, dot=self.dot, dtype=self.dtype).reshape(*x.shape[:-1], self.features)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.dtype(self.param_dtype))
             y = y + jnp.broadcast_to(bias.astype(self.dtype), y.shape)

@@ -139,7 +139,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """tokens [B, T] -> hidden [B, T, D]: embedding, L scanned layers, final norm.
+    """tokens [B, T], or embeddings [B, T, D] in their place, -> hidden [B, T, D]: L scanned layers, final norm.
 
     Parameters (a plain nested dict; the layers' carry a leading axis L):
       embed/embedding [V, D]
@@ -165,11 +165,14 @@ class Transformer(nn.Module):
         c = self.config
         written = check(c, tokens, positions, cache)
         if positions is None:
-            positions = jnp.broadcast_to((written + jnp.arange(tokens.shape[1]))[None], tokens.shape)
+            positions = jnp.broadcast_to((written + jnp.arange(tokens.shape[1]))[None], tokens.shape[:2])
         mask = Causal() if mask is None else mask
         cos, sin = rotation(positions, c.head_size, base=c.rope_base, scaling=c.rope_scaling)
         dtypes: dict[str, Any] = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
-        x = nn.Embed(c.vocab_size, c.width, embedding_init=normal(0.02), **dtypes, name="embed")(tokens)
+        if tokens.ndim == 3:
+            x = tokens.astype(c.dtype)
+        else:
+            x = nn.Embed(c.vocab_size, c.width, embedding_init=normal(0.02), **dtypes, name="embed")(tokens)
 
         each, same = 0, nn.broadcast
         in_axes: Any = (each, each, same, same, same, same)
@@ -205,13 +208,16 @@ def check(
     config: TransformerConfig, tokens: jax.Array, positions: jax.Array | None, cache: Cache | None
 ) -> int | jax.Array:
     """Check shapes and lengths at trace time; return the columns written so far (0 without a cache)."""
-    if tokens.ndim != 2:
+    embedded = tokens.ndim == 3 and jnp.issubdtype(tokens.dtype, jnp.floating)
+    if embedded and tokens.shape[2] != config.width:
+        raise ValueError(f"embeddings have shape {tokens.shape}, expected [B, T, D = {config.width}]")
+    if tokens.ndim != 2 and not embedded:
         raise ValueError(f"tokens have shape {tokens.shape}, expected [B, T]: one sequence is tokens[None]")
-    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+    if not embedded and not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens have dtype {tokens.dtype}, expected integers: token ids")
-    if positions is not None and positions.shape != tokens.shape:
-        raise ValueError(f"positions have shape {positions.shape}, expected tokens' [B, T] = {tokens.shape}")
-    b, t = tokens.shape
+    if positions is not None and positions.shape != tokens.shape[:2]:
+        raise ValueError(f"positions have shape {positions.shape}, expected tokens' [B, T] = {tokens.shape[:2]}")
+    b, t = tokens.shape[:2]
     if t > config.max_length:
         raise ValueError(f"{t} tokens exceed the config's max_length {config.max_length}: shorten them or raise it")
     if cache is None:

@@ -1,0 +1,31 @@
+"""Adapters: what is trained beside a frozen base, as functions on trees of parameters."""
+
+from jaxrl.nets.adapters.adapted import LINEAR as LINEAR
+from jaxrl.nets.adapters.adapted import Adapter as Adapter
+from jaxrl.nets.adapters.adapted import Based as Based
+from jaxrl.nets.adapters.adapted import adapt as adapt
+from jaxrl.nets.adapters.adapted import bind as bind
+from jaxrl.nets.adapters.adapted import over_base as over_base
+from jaxrl.nets.adapters.adaptive_rank import AdaLoRAConfig as AdaLoRAConfig
+from jaxrl.nets.adapters.adaptive_rank import adalora as adalora
+from jaxrl.nets.adapters.adaptive_rank import allocate as allocate
+from jaxrl.nets.adapters.bottlenecks import BottleneckConfig as BottleneckConfig
+from jaxrl.nets.adapters.bottlenecks import bottleneck as bottleneck
+from jaxrl.nets.adapters.low_rank import LoRAConfig as LoRAConfig
+from jaxrl.nets.adapters.low_rank import lora as lora
+from jaxrl.nets.adapters.merging import Merged as Merged
+from jaxrl.nets.adapters.merging import merge as merge
+from jaxrl.nets.adapters.merging import residual as residual
+from jaxrl.nets.adapters.merging import unmerge as unmerge
+from jaxrl.nets.adapters.peft import from_peft as from_peft
+from jaxrl.nets.adapters.peft import load_peft as load_peft
+from jaxrl.nets.adapters.peft import save_peft as save_peft
+from jaxrl.nets.adapters.peft import to_peft as to_peft
+from jaxrl.nets.adapters.prompts import PrefixConfig as PrefixConfig
+from jaxrl.nets.adapters.prompts import PromptConfig as PromptConfig
+from jaxrl.nets.adapters.prompts import prefix as prefix
+from jaxrl.nets.adapters.prompts import prompt as prompt
+from jaxrl.nets.adapters.prompts import without_network as without_network
+from jaxrl.nets.adapters.quantised_base import dequantise_base as dequantise_base
+from jaxrl.nets.adapters.quantised_base import quantise_base as quantise_base
+from jaxrl.nets.adapters.rules import RULES as RULES
