@@ -40,7 +40,7 @@ def test_python_runs(page, tmp_path, monkeypatch):
 def test_commands_parse(capsys):
     lines = [line for text in PAGES.values() for line in re.findall(r"^    (jaxrl .*)$", text, flags=re.M)]
     commands = [line.split(" #")[0].split() for line in lines if "|" not in line and "   " not in line.split(" #")[0]]
-    kinds = {"grpo": recipes.GRPORun, "sft": recipes.SFTRun}
+    kinds = {name: getattr(recipes, options) for name, (_, options, *_) in cli.MODELS.items()}
     seen = 0
     for _, *words in commands:
         if words[0] in ("train", "sweep"):
