@@ -96,7 +96,8 @@ def train_ppo(run: PPORun, *, resume: bool = False, display: Display | None = No
         )
 
         def on_host(completions: Rollout, rows):
-            return score_texts(reward, completions, [training[i] for i in rows], tokenizer, samples=run.ppo.group)
+            records = [training[i] for i in rows]
+            return score_texts(reward, completions, records, tokenizer, samples=run.ppo.group).values
 
         step, jit = ppo.hosted(recipe, on_host), False
         evaluation = text_evaluation(setup, max_tokens, reward, exact=not run.reward)
