@@ -169,6 +169,7 @@ def _prepare(
     part = part or Part(0, s)
     generation, vmem = _tpu()
     blocks = _fitted(blocks or blocks_of(generation, q.dtype.itemsize), t, s)
+    narrow = any(x.shape[3] % (256 if generation in WIDE else 128) for x in (q, v))  # leaves part of a unit idle
     unmasked = isinstance(mask, masks.Full) and s % blocks.k == 0
     if s % blocks.k:  # the last block overhangs
         mask = mask & masks.Prefix(jnp.full(q.shape[0], part.k_offset + s, jnp.int32))
@@ -184,7 +185,8 @@ def _prepare(
         block_k=blocks.k,
         forward=blocks.forward,
         backward=blocks.backward,
-        dq_across=generation in WIDE,
+        dq_across=narrow or generation in WIDE,
+        dkv_across=narrow,
         unmasked=unmasked,
         structure=jax.tree.structure(mask),
         kinds=tuple(masks.AXIS_OF_FIELD[path[-1].name] for path, _ in tree_leaves_with_path(mask)),
@@ -198,7 +200,7 @@ def _prepare(
     if dropout is not None:
         numbers = numbers.at[2:].set(lax.bitcast_convert_type(dropout.seed, jnp.int32))
     slopes = jnp.zeros(1) if alibi is None else alibi.astype(jnp.float32)
-    dq_bytes = settings.group * qh.shape[2] * qh.shape[3] * (4 + 2 * q.dtype.itemsize)
+    dq_bytes = settings.group * qh.shape[2] * qh.shape[3] * 4
     if fused is None:
         fused = dq_bytes <= vmem // 2
     static = Static(settings, fused, vmem, interpret, dtype)
@@ -256,7 +258,28 @@ class Step(NamedTuple):
 
     g: Any  # query head of the group
     first: Any
-    last: Any
+    dq_done: Any  # no later tile adds to dq of this block of queries
+
+
+DONE, PAST = 1, 2
+
+
+def _dq_order(kinds: jax.Array, entries: jax.Array) -> jax.Array:
+    """Where the fused kernel writes dq, for each entry of its list by keys, int32 [B|1, n].
+
+    The block of queries whose sum is the next to be complete, times 4, plus DONE where it is complete with this entry
+    (as its last live block of keys is reached). Behind the last such entry its block stays, with PAST. So a block is
+    never left before it is written, nor entered again.
+    """
+    blocks = jnp.arange(kinds.shape[2], dtype=jnp.int32)
+    last_keys = jnp.max(jnp.where(kinds > 0, blocks, -1), axis=2)
+    minor, slots = tiles.minor(entries), jnp.arange(entries.shape[1], dtype=jnp.int32)[None]
+    reached = tiles.major(entries) == jnp.take_along_axis(last_keys, minor, axis=1)
+    done = reached & ((entries & tiles.LIVE) != 0)
+    final = jnp.max(jnp.where(done, slots, 0), axis=1, keepdims=True)
+    following = lax.cummin(jnp.where(done, slots, final), axis=1, reverse=True)
+    block = jnp.take_along_axis(minor, jnp.where(slots > final, final, following), axis=1)
+    return (block << 2) + PAST * (slots > final) + DONE * done
 
 
 def _call(body, name, static, kinds, numbers, slopes, leaves, inputs, outputs, scratch, *, by_keys):
@@ -266,7 +289,7 @@ def _call(body, name, static, kinds, numbers, slopes, leaves, inputs, outputs, s
       body: the kernel.
       kinds: of the tiles, see `tiles.tile_kinds`.
       inputs: (array, axis), axis "q" or "k" for [B, heads, length, D] and "row" for [B, H, 1, T].
-      outputs: (shape, dtype, axis); axis "group" for [B, H, T, D] that stays in VMEM for a whole group of heads.
+      outputs: (shape, dtype, axis); axis "dq" for [B, H, T, D], by keys, of which a block is written when it is done.
       scratch: shapes, float32.
       by_keys: go block of keys by block of keys, and through all query heads of a key head; else block of queries
         by block of queries.
@@ -275,6 +298,7 @@ def _call(body, name, static, kinds, numbers, slopes, leaves, inputs, outputs, s
     bq, bk = settings.block_q, settings.block_k
     listed = tiles.tile_list(jnp.swapaxes(kinds, 1, 2) if by_keys else kinds)
     alike = listed.entries.shape[0] == 1
+    order = [_dq_order(kinds, listed.entries)] if "dq" in [axis for *_, axis in outputs] else []
     batch, heads = inputs[1][0].shape[:2]
     grid = (batch, heads, listed.count, settings.group) if by_keys else (batch, heads * settings.group, listed.count, 1)
     rows = [x for x, kind in zip(leaves, settings.kinds, strict=True) if kind == "row"]
@@ -287,18 +311,17 @@ def _call(body, name, static, kinds, numbers, slopes, leaves, inputs, outputs, s
         return Place(b, head * settings.group + g if by_keys else head, entry, i, j)
 
     def spec(shape, axis):
-        def index(b, head, n, g, entries, *_):
+        def index(b, head, n, g, entries, *scalars):
+            if axis == "dq":
+                code = scalars[-1][0 if alike else b, n]
+                of_group = jnp.where(code & DONE != 0, g, jnp.where(code & PAST != 0, settings.group - 1, 0))
+                return b, head * settings.group + of_group, lax.shift_right_logical(code, 2), 0
             at = place(b, head, n, g, entries)
             kv_head = head if by_keys else lax.div(head, settings.group)
-            return {
-                "q": (b, at.head, at.i, 0),
-                "k": (b, kv_head, at.j, 0),
-                "row": (b, at.head, 0, at.i),
-                "group": (b, head, 0, 0),
-            }[axis]
+            return {"q": (b, at.head, at.i, 0), "k": (b, kv_head, at.j, 0), "row": (b, at.head, 0, at.i)}[axis]
 
-        block = {"q": (1, 1, bq, shape[3]), "k": (1, 1, bk, shape[3]), "row": (1, 1, 1, bq)}
-        return pl.BlockSpec((block | {"group": (1, settings.group, *shape[2:])})[axis], index)
+        block = {"q": (1, 1, bq, shape[-1]), "k": (1, 1, bk, shape[-1]), "row": (1, 1, 1, bq)}
+        return pl.BlockSpec((block | {"dq": block["q"]})[axis], index)
 
     def mask_spec(kind):
         def index(b, head, n, g, entries, *_):
@@ -311,9 +334,10 @@ def _call(body, name, static, kinds, numbers, slopes, leaves, inputs, outputs, s
         refs = iter(refs)
         take = lambda n: [next(refs) for _ in range(n)]
         scalars = Scalars(entries, numbers, slopes, take(len(rows)))
+        codes = take(len(order))
         b, head, n, g = (pl.program_id(axis) for axis in range(4))
         at = place(b, head, n, g, entries)
-        step = Step(g, (n == 0) & (g == 0), (n == pl.num_programs(2) - 1) & (g == pl.num_programs(3) - 1))
+        step = Step(g, (n == 0) & (g == 0), (codes[0][0 if alike else b, n] & DONE) != 0 if codes else False)
         body(
             settings, scalars, at, step,
             take(len(inputs)), take(len(blocks)), take(len(outputs)), take(len(scratch)),
@@ -323,7 +347,7 @@ def _call(body, name, static, kinds, numbers, slopes, leaves, inputs, outputs, s
         return pl.pallas_call(
             kernel,
             grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=3 + len(rows),
+                num_scalar_prefetch=3 + len(rows) + len(order),
                 grid=(*grid[:2], count, grid[3]),
                 in_specs=[spec(x.shape, axis) for x, axis in inputs] + [mask_spec(kind) for _, kind in blocks],
                 out_specs=[spec(shape, axis) for shape, _, axis in outputs],
@@ -338,7 +362,7 @@ def _call(body, name, static, kinds, numbers, slopes, leaves, inputs, outputs, s
         )(*args)
 
     return lax.platform_dependent(
-        listed.count, listed.entries, numbers, slopes, *rows, *(x for x, _ in inputs), *(x for x, _ in blocks),
+        listed.count, listed.entries, numbers, slopes, *rows, *order, *(x for x, _ in inputs), *(x for x, _ in blocks),
         tpu=functools.partial(run, interpret=False),
         default=functools.partial(run, interpret=static.interpret),
     )  # fmt: skip
@@ -391,13 +415,15 @@ def _gradients(static, residuals, cotangents):
     )
     q_type, k_type, v_type = (static.dtype or x.dtype for x in (q, k, v))
     outputs = [(k.shape, k_type, "k"), (v.shape, v_type, "k")]
-    scratch: list[tuple[int, ...]] = [(bk, d), (bk, v.shape[3])]
-    dq_shape = (d, bq) if settings.dq_across else (bq, d)
+    shape = lambda turned, *sides: sides[::-1] if turned else sides
+    dq_shape = shape(settings.dq_across, bq, d)
+    scratch = [shape(settings.dkv_across, bk, d), shape(settings.dkv_across, bk, v.shape[3])]
     if static.fused:
-        outputs.append((q.shape, q_type, "group"))
+        outputs.append((q.shape, q_type, "dq"))
         scratch.append((settings.group, q.shape[2] // bq, *dq_shape))
         dk, dv, dq = call(tpu_kernels.dk_dv, "attention_backward", outputs=outputs, scratch=scratch, by_keys=True)
-        return dq, dk, dv
+        written = jnp.repeat(jnp.any(kinds > 0, axis=2), bq, axis=1)  # blocks that see nothing are not
+        return jnp.where(written[:, None, :, None], dq, 0), dk, dv
     (dq,) = call(
         tpu_kernels.dq_only, "attention_dq", outputs=[(q.shape, q_type, "q")], scratch=[dq_shape], by_keys=False
     )

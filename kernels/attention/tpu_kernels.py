@@ -21,7 +21,7 @@ from jaxrl.kernels.attention.dropout import keep_factor
 from jaxrl.kernels.attention.reference import MASKED, SEEN
 
 LOG2E = math.log2(math.e)
-_NN, _NT, _TN = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
+_NT, _TN = (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
 
 
 class Pieces(NamedTuple):
@@ -46,7 +46,8 @@ class Settings(NamedTuple):
     block_k: int
     forward: Pieces
     backward: Pieces
-    dq_across: bool  # sum dq up as [D, queries], which suits matrix units of 256 x 256, else as [queries, D]
+    dq_across: bool  # sum dq up as [D, queries], else as [queries, D]
+    dkv_across: bool  # sum dk and dv up as [D, keys], else as [keys, D]
     unmasked: bool  # the mask allows all
     structure: Any  # of the mask
     kinds: tuple[str, ...]  # of its leaves: "q", "k", "row"
@@ -220,17 +221,17 @@ def _backward_pieces(settings, scalars, place, inputs, mask_refs, use):
     _each_piece(settings, settings.backward, place.entry, begin, finish)
 
 
-def _add_dq(settings, acc, queries, k, ds):
-    """acc, [D, queries] or [queries, D] by `dq_across`, grows by what a piece adds to dq."""
-    if settings.dq_across:
-        acc[:, queries] += _dot(k, ds, _TN)
+def _add(across, acc, rows, weights, axis, x):
+    """acc, [D, rows] or [rows, D] by `across`, grows by the product of weights and x over an axis of the weights."""
+    if across:
+        acc[:, rows] += _dot(x, weights, (((0,), (axis,)), ((), ())))
     else:
-        acc[queries] += _dot(ds, k, _TN)
+        acc[rows] += _dot(weights, x, (((axis,), (0,)), ((), ())))
 
 
-def _dq_of(settings, acc, dtype):
-    dq = acc * settings.slope
-    return (dq.T if settings.dq_across else dq).astype(dtype)
+def _sum_of(across, acc, dtype, factor=1.0):
+    total = acc if factor == 1.0 else acc * factor
+    return (total.T if across else total).astype(dtype)
 
 
 def dq_only(settings: Settings, scalars: Scalars, place: Place, step, inputs, mask_refs, outputs, scratch):
@@ -243,20 +244,20 @@ def dq_only(settings: Settings, scalars: Scalars, place: Place, step, inputs, ma
         acc[...] = jnp.zeros_like(acc)
 
     def use(queries, keys, _, ds):
-        _add_dq(settings, acc, queries, k[0, 0, keys], ds)
+        _add(settings.dq_across, acc, queries, ds, 0, k[0, 0, keys])
 
     _backward_pieces(settings, scalars, place, inputs, mask_refs, use)
 
     @pl.when((place.entry & tiles.LAST) != 0)
     def _():
-        dq[0, 0] = _dq_of(settings, acc[...], dq.dtype)
+        dq[0, 0] = _sum_of(settings.dq_across, acc[...], dq.dtype, settings.slope)
 
 
 def dk_dv(settings: Settings, scalars: Scalars, place: Place, step, inputs, mask_refs, outputs, scratch):
     """dk and dv of a block of keys, over the queries of all heads that share it; and, fused, dq of a whole head."""
     q, k, _, do, _, _ = inputs
     dk, dv, *dq = outputs
-    dk_acc, dv_acc, *dq_acc = scratch  # [keys, D], [keys, Dv], and dq of [group, query blocks]
+    dk_acc, dv_acc, *dq_acc = scratch  # of a block of keys, and dq of [group, query blocks]
 
     @pl.when(((place.entry & tiles.FIRST) != 0) & (step.g == 0))
     def _():
@@ -270,27 +271,20 @@ def dk_dv(settings: Settings, scalars: Scalars, place: Place, step, inputs, mask
             dq_acc[0][...] = jnp.zeros_like(dq_acc[0])
 
     def use(queries, keys, passed, ds):
-        dv_acc[keys] += _dot(passed, do[0, 0, queries], _NN)
-        dk_acc[keys] += _dot(ds, q[0, 0, queries], _NN)
+        _add(settings.dkv_across, dv_acc, keys, passed, 1, do[0, 0, queries])
+        _add(settings.dkv_across, dk_acc, keys, ds, 1, q[0, 0, queries])
         if dq:
-            _add_dq(settings, dq_acc[0].at[step.g, place.i], queries, k[0, 0, keys], ds)
+            _add(settings.dq_across, dq_acc[0].at[step.g, place.i], queries, ds, 0, k[0, 0, keys])
 
     _backward_pieces(settings, scalars, place, inputs, mask_refs, use)
 
     @pl.when(((place.entry & tiles.LAST) != 0) & (step.g == settings.group - 1))
     def _():
-        dk[0, 0] = (dk_acc[...] * settings.slope).astype(dk.dtype)
-        dv[0, 0] = dv_acc[...].astype(dv.dtype)
+        dk[0, 0] = _sum_of(settings.dkv_across, dk_acc[...], dk.dtype, settings.slope)
+        dv[0, 0] = _sum_of(settings.dkv_across, dv_acc[...], dv.dtype)
 
     if dq:
 
-        @pl.when(step.last)
+        @pl.when(step.dq_done)
         def _():
-            blocks = dq_acc[0].shape[1]
-
-            def write(n, _):
-                g, i = lax.div(n, blocks), lax.rem(n, blocks)
-                rows = pl.ds(pl.multiple_of(i * settings.block_q, settings.block_q), settings.block_q)
-                dq[0][0, g, rows] = _dq_of(settings, dq_acc[0][g, i], dq[0].dtype)
-
-            lax.fori_loop(0, settings.group * blocks, write, None)
+            dq[0][0, 0] = _sum_of(settings.dq_across, dq_acc[0][step.g, place.i], dq[0].dtype, settings.slope)
