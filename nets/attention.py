@@ -8,19 +8,48 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.kernels.attention import Full, Window, attention
+from jaxrl.kernels.quantised import Quantised, dequantise, quantise
 from jaxrl.nets.layers import Linear, RMSNorm, normal
 from jaxrl.nets.rope import rotate
+
+
+class Int8(NamedTuple):
+    """Keys or values of a cache in 8 bits: x is about values * scales, one scale for each token and kv head.
+
+    values: int8 [..., Dh]. scales: float32 [...]; an axis of one number more would be padded to a tile on a TPU.
+    """
+
+    values: jax.Array
+    scales: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the values: [L, B, K, S, Dh] of a whole cache."""
+        return self.values.shape
+
+
+def pack(x: jax.Array) -> Int8:
+    """x [..., S, Dh] as `Int8`, symmetric: 127 steps to either side, each (max |x| of the token and head) / 127."""
+    values, scales = quantise(x, dtype=jnp.int8, block=(1, None))
+    return Int8(values, scales[..., 0])
+
+
+def unpack(x: jax.Array | Int8, dtype: str) -> jax.Array:
+    """Keys or values of a cache as floats, [..., S, Dh]."""
+    if isinstance(x, Int8):
+        return dequantise(Quantised(x.values, x.scales[..., None]), block=(1, None), dtype=dtype)
+    return x.astype(dtype)
 
 
 class Slot(NamedTuple):
     """Where one layer keeps its keys and values.
 
-    k, v: the whole cache, [L, B, K, S, Dh]; layer: its row of axis L; length: the first free column of axis
-    S.
+    k, v: the whole cache, [L, B, K, S, Dh], each an array or an `Int8`; layer: its row of axis L; length: the
+    first free column of axis S.
     """
 
-    k: jax.Array
-    v: jax.Array
+    k: jax.Array | Int8
+    v: jax.Array | Int8
     layer: jax.Array
     length: jax.Array
 
@@ -29,8 +58,12 @@ def store(slot: Slot, k: jax.Array, v: jax.Array) -> Slot:
     """Write k and v [B, T, K, Dh] at columns [length, length + T) of the slot's layer, in place under jit."""
     start = (slot.layer, 0, 0, slot.length, 0)
 
+    def put(cache, x):
+        return jax.lax.dynamic_update_slice(cache, x.astype(cache.dtype), start[: cache.ndim])
+
     def write(cache, x):
-        return jax.lax.dynamic_update_slice(cache, jnp.swapaxes(x, 1, 2)[None].astype(cache.dtype), start)
+        x = jnp.swapaxes(x, 1, 2)[None]
+        return jax.tree.map(put, cache, pack(x) if isinstance(cache, Int8) else x)
 
     return slot._replace(k=write(slot.k, k), v=write(slot.v, v))
 
@@ -39,8 +72,8 @@ def load(slot: Slot, dtype: str) -> tuple[jax.Array, jax.Array]:
     """All columns of the slot's layer, as keys and values [B, S, K, Dh]."""
 
     def read(cache):
-        layer = jax.lax.dynamic_index_in_dim(cache, slot.layer, keepdims=False)
-        return jnp.swapaxes(layer, 1, 2).astype(dtype)
+        layer = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, slot.layer, keepdims=False), cache)
+        return jnp.swapaxes(unpack(layer, dtype), 1, 2)
 
     return read(slot.k), read(slot.v)
 

@@ -26,7 +26,8 @@ class LanguageModel(NamedTuple):
 
     unembedding(params) -> [D, V]: logits are `logits(hidden, unembedding(params))`.
 
-    init_cache(batch, length) -> an empty Cache.
+    init_cache(batch, length) -> an empty Cache: a NamedTuple with length, and k and v, arrays or trees of arrays. The
+    samplers repeat k and v along axis 1, the rows; `posttrain.slots` moves columns too, on axis 3.
     """
 
     init: Callable

@@ -7,6 +7,7 @@ positions start at 0 on a row's first real token. The loop leaves as soon as eve
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +116,117 @@ def _invert(weights: jax.Array, threshold: jax.Array) -> tuple[jax.Array, jax.Ar
     return index, threshold - before
 
 
+class Drawn(NamedTuple):
+    """A token for each row, its log-prob under the model, and under the distribution that it was drawn from."""
+
+    token: jax.Array
+    log_prob: jax.Array
+    behaviour: jax.Array
+
+
+def draw(key: jax.Array, hidden: jax.Array, unembedding: jax.Array, sampling: Sampling) -> Drawn:
+    """The next token of every row, given the hidden states `[..., D]` of the last ones; consumes the key."""
+    logits = (hidden @ unembedding).astype(jnp.float32)
+    filtered = behaviour_logits(logits, sampling) if sampling.filters else logits
+    token = jnp.argmax(logits, axis=-1) if sampling.temperature == 0 else categorical(key, filtered)
+    log_prob = select_log_probs(logits, token)[0]
+    behaviour = select_log_probs(filtered, token)[0] if sampling.filters else log_prob
+    return Drawn(token.astype(jnp.int32), log_prob, behaviour)
+
+
+def no_tail(rows: int, stop: Sequence[Sequence[int]]) -> jax.Array:
+    """The last tokens of completions that have none yet: -1, `[rows, n]`, as many as `ending` looks at."""
+    return jnp.full((rows, max(map(len, stop), default=1)), -1, jnp.int32)
+
+
+def with_token(tail: jax.Array, token: jax.Array) -> jax.Array:
+    """The last tokens once `token [B]` has come."""
+    return jnp.concatenate([tail[:, 1:], token[:, None]], axis=1)
+
+
+def ending(tail: jax.Array, *, eos_id: int, stop: Sequence[Sequence[int]]) -> jax.Array:
+    """`Finish.EOS` or `Finish.STOP` where the last tokens `tail [B, n]` end a completion, -1 where it goes on."""
+    finish = jnp.where(tail[:, -1] == eos_id, Finish.EOS, -1)
+    for sequence in stop:
+        hit = (tail[:, -len(sequence) :] == jnp.asarray(sequence)[None]).all(-1)
+        finish = jnp.where((finish < 0) & hit, Finish.STOP, finish)
+    return finish
+
+
+def prefill(model: LanguageModel, params, prompts: Prompts, columns: int) -> tuple[jax.Array, Any, jax.Array]:
+    """Reads the prompts: last hidden state `[N, D]`, cache of so many columns, first column of each row's own `[N]`."""
+    number, width = prompts.tokens.shape
+    start = width - prompts.lengths
+    own = _own(start, columns)
+    hidden, cache = model.apply(
+        params,
+        prompts.tokens,
+        positions=jnp.maximum(jnp.arange(width)[None] - start[:, None], 0),
+        mask=Causal() & Segments(own[:, :width], own),
+        cache=model.init_cache(number, columns),
+    )
+    return hidden[:, -1], cache, start
+
+
+def advance(
+    model: LanguageModel, params, cache: Any, token: jax.Array, start: jax.Array, columns: int
+) -> tuple[jax.Array, Any]:
+    """Reads one more token of every row `[B]`, whose own columns begin at `start [B]`: hidden `[B, D]` and cache."""
+    hidden, cache = model.apply(
+        params,
+        token[:, None],
+        positions=(cache.length - start)[:, None],
+        mask=Causal() & Segments(jnp.ones((len(token), 1), jnp.int32), _own(start, columns)),
+        cache=cache,
+    )
+    return hidden[:, 0], cache
+
+
+def _own(start: jax.Array, columns: int) -> jax.Array:
+    return (jnp.arange(columns)[None] >= start[:, None]).astype(jnp.int32)
+
+
+def no_completions(rows: int, width: int, pad_id: int) -> dict[str, jax.Array]:
+    """Completions of which nothing is drawn yet; `finish` is -1 while they go on."""
+    return {
+        "tokens": jnp.full((rows, width), pad_id, jnp.int32),
+        "log_probs": jnp.zeros((rows, width), jnp.float32),
+        "behaviour": jnp.zeros((rows, width), jnp.float32),
+        "lengths": jnp.zeros(rows, jnp.int32),
+        "finish": jnp.full(rows, -1, jnp.int32),
+    }
+
+
+def as_rollout(prompts: Prompts, completions: dict[str, jax.Array], samples: int) -> Rollout:
+    """Prompts and their completions, `samples` for each; those without an end have used up their budget."""
+    finish = completions["finish"]
+    return Rollout(
+        tokens=jnp.concatenate([repeat(prompts.tokens, samples), completions["tokens"]], axis=1),
+        prompt_lengths=repeat(prompts.lengths, samples),
+        lengths=completions["lengths"],
+        finish=jnp.where(finish < 0, Finish.LENGTH, finish),
+        log_probs=completions["log_probs"],
+        behaviour_log_probs=completions["behaviour"],
+        prompt_width=prompts.tokens.shape[1],
+    )
+
+
+def repeat(x: jax.Array, times: int, axis: int = 0) -> jax.Array:
+    """Each row as often in a row; nothing for once."""
+    return x if times == 1 else jnp.repeat(x, times, axis=axis)
+
+
+def check(prompts: Prompts, stop: Sequence[Sequence[int]]) -> None:
+    """Refuses what no sampler can take; see `rollout`."""
+    if prompts.tokens.ndim != 2 or prompts.lengths.shape != prompts.tokens.shape[:1]:
+        raise ValueError(
+            f"prompts have tokens {prompts.tokens.shape} and lengths {prompts.lengths.shape}; "
+            "expected [N, P] and [N]: pad them on the left with data.encode_prompts"
+        )
+    if any(len(sequence) == 0 for sequence in stop):
+        raise ValueError("a stop sequence is empty and would end every completion; remove it")
+
+
 def rollout(
     model: LanguageModel,
     params,
@@ -147,109 +259,52 @@ def rollout(
     Raises:
       ValueError: on misshapen prompts or an empty stop sequence.
     """
-    if prompts.tokens.ndim != 2 or prompts.lengths.shape != prompts.tokens.shape[:1]:
-        raise ValueError(
-            f"prompts have tokens {prompts.tokens.shape} and lengths {prompts.lengths.shape}; "
-            "expected [N, P] and [N]: pad them on the left with data.encode_prompts"
-        )
-    if any(len(sequence) == 0 for sequence in stop):
-        raise ValueError("a stop sequence is empty and would end every completion; remove it")
+    check(prompts, stop)
     number, prompt_width = prompts.tokens.shape
     rows, width = number * samples, sampling.max_tokens
+    columns = prompt_width + width
     unembedding = model.unembedding(params)
-
-    def draw(hidden, step):
-        """The next token of every row, with its log-prob under the model and under the sampler."""
-        logits = (hidden @ unembedding).astype(jnp.float32)
-        filtered = behaviour_logits(logits, sampling) if sampling.filters else logits
-        if sampling.temperature == 0:
-            token = jnp.argmax(logits, axis=-1)
-        else:
-            token = categorical(jax.random.fold_in(key, step), filtered)
-        log_prob = select_log_probs(logits, token)[0]
-        behaviour = select_log_probs(filtered, token)[0] if sampling.filters else log_prob
-        return token.astype(jnp.int32), log_prob, behaviour
 
     def emit(carry, hidden):
         """Draws column `step` and records it in the rows that have not ended."""
         step, ended = carry["step"], carry["finish"] >= 0
-        token, log_prob, behaviour = draw(hidden, step)
-        token = jnp.where(ended, pad_id, token)
+        drawn = draw(jax.random.fold_in(key, step), hidden, unembedding, sampling)
+        token = jnp.where(ended, pad_id, drawn.token)
+        tail = with_token(carry["tail"], token)
         record = {
             "tokens": token,
-            "log_probs": jnp.where(ended, 0.0, log_prob),
-            "behaviour": jnp.where(ended, 0.0, behaviour),
+            "log_probs": jnp.where(ended, 0.0, drawn.log_prob),
+            "behaviour": jnp.where(ended, 0.0, drawn.behaviour),
         }
         written = {
             name: jax.lax.dynamic_update_slice(carry[name], value[:, None], (0, step)) for name, value in record.items()
         }
-        finish = jnp.where(token == eos_id, Finish.EOS, -1)
-        for sequence in stop:
-            hit = _ends_in(written["tokens"], step, sequence)
-            finish = jnp.where((finish < 0) & hit, Finish.STOP, finish)
         return {
             **carry,
             **written,
             "step": step + 1,
-            "token": token,
-            "finish": jnp.where(ended, carry["finish"], finish),
+            "tail": tail,
+            "finish": jnp.where(ended, carry["finish"], ending(tail, eos_id=eos_id, stop=stop)),
             "lengths": carry["lengths"] + ~ended,
         }
 
-    padding = (prompt_width - prompts.lengths)[:, None]
-    segments = (jnp.arange(prompt_width + width)[None] >= padding).astype(jnp.int32)
-    cache = model.init_cache(number, prompt_width + width)
-    hidden, cache = model.apply(
-        params,
-        prompts.tokens,
-        positions=jnp.maximum(jnp.arange(prompt_width)[None] - padding, 0),
-        mask=Causal() & Segments(segments[:, :prompt_width], segments),
-        cache=cache,
-    )
-    repeat = lambda x, axis: x if samples == 1 else jnp.repeat(x, samples, axis=axis)
-    cache = cache._replace(k=repeat(cache.k, 1), v=repeat(cache.v, 1))
-    lengths, segments = repeat(prompts.lengths, 0), repeat(segments, 0)
-    mask = Causal() & Segments(jnp.ones((rows, 1), jnp.int32), segments)
+    hidden, cache, start = prefill(model, params, prompts, columns)
+    of_group = lambda tree: jax.tree.map(lambda x: repeat(x, samples, axis=1), tree)
+    cache, start = cache._replace(k=of_group(cache.k), v=of_group(cache.v)), repeat(start, samples)
 
-    def advance(carry):
-        hidden, cache = model.apply(
-            params,
-            carry["token"][:, None],
-            positions=(lengths + carry["step"] - 1)[:, None],
-            mask=mask,
-            cache=carry["cache"],
-        )
-        return emit({**carry, "cache": cache}, hidden[:, 0])
+    def decode(carry):
+        hidden, cache = advance(model, params, carry["cache"], carry["tail"][:, -1], start, columns)
+        return emit({**carry, "cache": cache}, hidden)
 
     carry = {
+        **no_completions(rows, width, pad_id),
         "step": jnp.int32(0),
-        "token": jnp.zeros(rows, jnp.int32),
+        "tail": no_tail(rows, stop),
         "cache": cache,
-        "finish": jnp.full(rows, -1, jnp.int32),
-        "lengths": jnp.zeros(rows, jnp.int32),
-        "tokens": jnp.full((rows, width), pad_id, jnp.int32),
-        "log_probs": jnp.zeros((rows, width), jnp.float32),
-        "behaviour": jnp.zeros((rows, width), jnp.float32),
     }
-    carry = emit(carry, repeat(hidden[:, -1], 0))
+    carry = emit(carry, repeat(hidden, samples))
     unfinished = lambda carry: (carry["step"] < width) & (carry["finish"] < 0).any()
-    carry = jax.lax.while_loop(unfinished, advance, carry)
-    return Rollout(
-        tokens=jnp.concatenate([repeat(prompts.tokens, 0), carry["tokens"]], axis=1),
-        prompt_lengths=lengths,
-        lengths=carry["lengths"],
-        finish=jnp.where(carry["finish"] < 0, Finish.LENGTH, carry["finish"]),
-        log_probs=carry["log_probs"],
-        behaviour_log_probs=carry["behaviour"],
-        prompt_width=prompt_width,
-    )
-
-
-def _ends_in(tokens: jax.Array, step: jax.Array, sequence: Sequence[int]) -> jax.Array:
-    """Whether column `step` completes the sequence in each row of `tokens [B, C]`."""
-    first = step + 1 - len(sequence)
-    columns = jnp.clip(first + jnp.arange(len(sequence)), 0, tokens.shape[1] - 1)
-    return (first >= 0) & (tokens[:, columns] == jnp.asarray(sequence)[None]).all(-1)
+    return as_rollout(prompts, jax.lax.while_loop(unfinished, decode, carry), samples)
 
 
 def completion_log_probs(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrl.nets.adapters.adapted import Adapter, put
+from jaxrl.nets.attention import Int8, unpack
 from jaxrl.nets.language_model import LanguageModel
 
 PREFIX = "layers/attention/prefix"
@@ -128,7 +129,9 @@ def without_network(model: LanguageModel, params: Any) -> dict[str, jax.Array]:
 def activations(model: LanguageModel, base: Any, tokens: jax.Array) -> dict[str, jax.Array]:
     """Keys and values that a network computes for tokens [1, P] or embeddings [1, P, D]: k, v [L, P, K, Dh]."""
     cache = model.apply(base, tokens, cache=model.init_cache(1, tokens.shape[1]))[1]
-    return {name: jnp.swapaxes(getattr(cache, name)[:, 0], 1, 2) for name in ("k", "v")}
+    held = {name: getattr(cache, name) for name in ("k", "v")}
+    held = {name: unpack(x, "float32") if isinstance(x, Int8) else x for name, x in held.items()}
+    return {name: jnp.swapaxes(x[:, 0], 1, 2) for name, x in held.items()}
 
 
 def graft_prefix(base: Any, prefix: dict[str, jax.Array]) -> dict:

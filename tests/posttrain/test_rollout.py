@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl.nets.language_model import language_model
+from jaxrl.nets.transformer import TransformerConfig
 from jaxrl.posttrain.rollout import Sampling, behaviour_logits, completion_log_probs, rollout
 from jaxrl.types import Finish, Prompts
 
@@ -168,6 +170,17 @@ def test_stop_sequences(model, params, prompts):
         else:
             assert result.finish[row] == free.finish[row] and result.lengths[row] == free.lengths[row]
     assert 0 < hits < 64
+
+
+def test_an_int8_cache_is_shared_by_a_group(params, prompts):
+    """Scales are repeated with their values: the rows of a greedy group are equal, and near those of the trainer."""
+    sizes = {"vocab_size": 13, "width": 16, "layers": 2, "heads": 2, "kv_heads": 1, "ffn": 32, "max_length": 64}
+    model = language_model(TransformerConfig(**sizes, cache_dtype="int8"))
+    result = sample(model, params, prompts, Sampling(temperature=0.0, max_tokens=WIDTH), samples=2)
+    np.testing.assert_array_equal(result.tokens[::2], result.tokens[1::2])
+    exact, _ = completion_log_probs(model, params, result)
+    error = np.abs(exact * result.mask - result.log_probs)
+    assert 1e-5 < error.max() < 0.03
 
 
 def test_loop_leaves_early(model, params, prompts):
