@@ -16,6 +16,7 @@ class Finish(enum.IntEnum):
     EOS = 0  # the model produced the end-of-sequence token
     LENGTH = 1  # the token budget ran out
     STOP = 2  # a stop sequence appeared
+    REPEAT = 3  # it went round in a circle and was stopped
 
 
 @flax.struct.dataclass
@@ -76,6 +77,8 @@ class Rollout:
     `log_probs`: `[B, C]` float32 under the model itself (temperature 1, nothing cut off), 0 after the end.
     `behaviour_log_probs`: `[B, C]` float32 under the distribution that was sampled from, 0 after the end.
     `prompt_width`: the static `P`.
+    `given`: `[B, C]` bool, tokens of the completion that its environment wrote (results of tools), which nothing is to
+    be learnt from; or None. They count in `lengths`; `mask` leaves them out, and both log-probs are 0 there.
     """
 
     tokens: jax.Array
@@ -85,6 +88,7 @@ class Rollout:
     log_probs: jax.Array
     behaviour_log_probs: jax.Array
     prompt_width: int = flax.struct.field(pytree_node=False)
+    given: jax.Array | None = None
 
     @property
     def completions(self) -> jax.Array:
@@ -93,6 +97,7 @@ class Rollout:
 
     @property
     def mask(self) -> jax.Array:
-        """1 on the tokens of the completion, its EOS included; `[B, C]` float32."""
+        """1 on the tokens of the completion that the model wrote, its EOS included; `[B, C]` float32."""
         columns = jnp.arange(self.tokens.shape[1] - self.prompt_width)
-        return (columns[None, :] < self.lengths[:, None]).astype(jnp.float32)
+        inside = columns[None, :] < self.lengths[:, None]
+        return (inside if self.given is None else inside & ~self.given).astype(jnp.float32)

@@ -21,6 +21,8 @@ from jaxrl.posttrain import draw, update
 from jaxrl.posttrain.rewards.host import Scored
 from jaxrl.posttrain.rewards.length import relative_length, soft_overlong
 from jaxrl.posttrain.rollout import Sampling, completion_log_probs, rollout
+from jaxrl.posttrain.shared_prefix import group_log_probs
+from jaxrl.posttrain.slots import rollout_in_slots
 from jaxrl.types import Finish, Prompts, Rollout
 
 
@@ -40,8 +42,12 @@ class GRPOConfig:
     """Updates per pass."""
     micro_batches: int = 1
     """Parts in which each update's gradient is computed; it is the same gradient in less memory."""
+    share_prompt: bool = False
+    """Learn with each prompt read once for its group; updates hold whole groups. For layers of attention only."""
     kl_coef: float | None = None
     """Weight of the KL to the parameters the run began with; 0 keeps no reference."""
+    tau: float | None = None
+    """Weight of the squared log-ratio in Kimi's mirror descent: how near an iteration stays to where it began."""
     kl: str | None = None
     """KL estimator: k1, k2, k3 or k3_ratio; see losses.kl for their gradients."""
     clip_low: float | None = None
@@ -62,6 +68,8 @@ class GRPOConfig:
     """Cap of the weight between sampler and trainer (truncated importance sampling); None is no weight."""
     importance: str = "token"
     """What the weight belongs to: token, sequence, or sequence_mask, which drops sequences beyond the cap."""
+    slots: int = 0
+    """Completions decoded at once; one that ends gives its place to the next (continuous batching). 0: all at once."""
     length_weight: float = 0.0
     """Weight of the length reward inside a group (Kimi k1.5)."""
     length_warmup: int = 0
@@ -91,6 +99,8 @@ class GRPOConfig:
         for name in ("prompts", "group", "epochs", "dynamic_rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.slots < 0:
+            raise ValueError(f"slots is {self.slots}; expected 0 (all completions at once) or a number of places")
         if self.overlong_buffer and self.overlong_buffer > self.sampling.max_tokens:
             raise ValueError(
                 f"overlong_buffer is {self.overlong_buffer} tokens, more than the limit of {self.sampling.max_tokens}"
@@ -101,16 +111,18 @@ class GRPOConfig:
         for name, known in named.items():
             if getattr(self, name) is not None and getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
-        whole = self.prompts * self.group
-        for name, rows in (("minibatches", whole), ("micro_batches", whole // max(self.minibatches, 1))):
+        what = "prompts (share_prompt keeps groups whole)" if self.share_prompt else "completions"
+        whole = self.prompts if self.share_prompt else self.prompts * self.group
+        for name, items in (("minibatches", whole), ("micro_batches", whole // max(self.minibatches, 1))):
             parts = getattr(self, name)
-            if parts < 1 or rows % parts:
-                raise ValueError(f"{name} is {parts}; it must divide the {rows} completions that it splits")
+            if parts < 1 or items % parts:
+                raise ValueError(f"{name} is {parts}; it must divide the {items} {what} that it splits")
 
     @property
     def row(self) -> family.Variant:
         """The variant with this config's own values put in."""
-        own = {name: getattr(self, name) for name in ("kl_coef", "kl", "clip_low", "clip_high", "scale", "reduction")}
+        names = ("tau", "kl_coef", "kl", "clip_low", "clip_high", "scale", "reduction")
+        own = {name: getattr(self, name) for name in names}
         given = {name: value for name, value in own.items() if value is not None}
         return dataclasses.replace(family.PRESETS[self.variant], **given)
 
@@ -168,10 +180,9 @@ def make(
     row = config.row
     reduction = reduce.by_name(row.reduction, length=config.sampling.max_tokens)
     updates = config.epochs * config.minibatches
-    log_probs_of = lambda params, completions: completion_log_probs(
-        model, params, completions, temperature=config.sampling.temperature
-    )
-
+    form = partial(group_log_probs, group=config.group) if config.share_prompt else completion_log_probs
+    log_probs_of = partial(form, model, temperature=config.sampling.temperature)
+    complete = partial(rollout_in_slots, slots=config.slots) if config.slots else rollout
     resets = row.form == "mirror" if config.reset_optimizer is None else config.reset_optimizer
 
     def init(key, params, problems: int = 0):
@@ -188,7 +199,7 @@ def make(
             prioritised=config.prioritised,
             curriculum_steps=config.curriculum_steps,
         )
-        completions = rollout(
+        completions = complete(
             model,
             state.params,
             constrain(jax.tree.map(lambda x: x[rows], problems.prompts)),
@@ -265,7 +276,7 @@ def make(
         if updates == 1:
             state, metrics = one(state, batch)
         else:
-            order = _shuffles(_key(state, state.step, 1), config, rows=mask.shape[0])
+            order = _shuffles(_key(state, state.step, 1), config)
             state, stacked = jax.lax.scan(
                 lambda state, rows: one(state, jax.tree.map(lambda x: x[rows], batch)), state, order
             )
@@ -334,7 +345,9 @@ def fused(grpo: GRPO, reward: Callable[[Rollout, Any], jax.Array], config: GRPOC
     return step
 
 
-def hosted(grpo: GRPO, reward: Callable[[Rollout, Any], Any], config: GRPOConfig) -> Callable:
+def hosted(
+    grpo: GRPO, reward: Callable[[Rollout, Any], Any], config: GRPOConfig, *, sample: Callable | None = None
+) -> Callable:
     """The same iteration with Python between two programs; for `loop.run(..., jit=False)`.
 
     Args:
@@ -342,16 +355,20 @@ def hosted(grpo: GRPO, reward: Callable[[Rollout, Any], Any], config: GRPOConfig
       reward: `(rollout on the host, rows [prompts] of the problems) -> rewards.Scored`: `[B]` numbers, NaN where there
         is none, and metrics of the step (their mean over rounds of sampling); or the numbers alone.
       config: that of `make`.
+      sample: in place of `grpo.sample`, a function that is called as it is and may end with a dict of metrics:
+        `turns.sampler`, for one.
     """
-    sample, learn = jax.jit(grpo.sample), jax.jit(grpo.learn, donate_argnums=0)
+    sample = jax.jit(grpo.sample) if sample is None else sample
+    learn = jax.jit(grpo.learn, donate_argnums=0)
     begin, refill = jax.jit(draw.begin), jax.jit(draw.refill)
     learn_full = jax.jit(partial(_learn_full, grpo, config), donate_argnums=0)
 
     def scored(state, problems: Problems):
-        state, completions, rows = sample(state, problems)
+        state, completions, rows, *seen = sample(state, problems)
         given = reward(jax.device_get(completions), jax.device_get(rows))
         values, parts = given if isinstance(given, Scored) else (given, {})
-        return state, draw.Round(completions, jnp.asarray(values, jnp.float32), rows), parts
+        fresh = draw.Round(completions, jnp.asarray(values, jnp.float32), rows)
+        return state, fresh, {**parts, **(seen[0] if seen else {})}
 
     def step(state, problems: Problems):
         state, fresh, *parts = scored(state, problems)
@@ -389,7 +406,13 @@ def _key(state: update.TrainState, number: jax.Array, use: int) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(state.key, 1 << 30), number), use)
 
 
-def _shuffles(key: jax.Array, config: GRPOConfig, *, rows: int) -> jax.Array:
-    """Rows of each update, `[epochs * minibatches, rows / minibatches]`: every pass a fresh permutation."""
-    orders = jax.vmap(lambda k: jax.random.permutation(k, rows))(jax.random.split(key, config.epochs))
-    return orders.reshape(config.epochs * config.minibatches, rows // config.minibatches)
+def _shuffles(key: jax.Array, config: GRPOConfig) -> jax.Array:
+    """Rows of each update, `[epochs * minibatches, rows / minibatches]`: every pass a fresh permutation.
+
+    With `share_prompt` the groups are permuted, and their rows follow each other.
+    """
+    together = config.group if config.share_prompt else 1
+    items = config.prompts * config.group // together
+    orders = jax.vmap(lambda k: jax.random.permutation(k, items))(jax.random.split(key, config.epochs))
+    rows = orders[..., None] * together + jnp.arange(together)[None, None]
+    return rows.reshape(config.epochs * config.minibatches, -1)

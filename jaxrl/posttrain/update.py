@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl.losses.reduce import Weighted
+from jaxrl.posttrain.compact_adam import scale_by_compact_adam
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,8 @@ class OptimizerConfig:
     """Decoupled; on matrices only, never on norms and biases."""
     max_grad_norm: float = 1.0
     """Global norm above which gradients are scaled down; 0 leaves them."""
+    state: str = "float32"
+    """How the two moments are kept: float32 (8 bytes a parameter), bfloat16 (4) or int8 (about 2, in blocks)."""
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
@@ -59,14 +62,12 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """AdamW as the config says. The gradient clip belongs to `apply_gradients`, which knows the norm already."""
-    matrices = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
-    return optax.adamw(
-        learning_rate(config),
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=matrices,
+    vector = lambda path, p: p.ndim < 2 or jax.tree_util.keystr(path[-1:], simple=True) in ("scale", "bias")
+    matrices = lambda params: jax.tree_util.tree_map_with_path(lambda path, p: not vector(path, p), params)
+    return optax.chain(
+        scale_by_compact_adam(b1=config.b1, b2=config.b2, eps=config.eps, state=config.state),
+        optax.add_decayed_weights(config.weight_decay, matrices),
+        optax.scale_by_learning_rate(learning_rate(config)),
     )
 
 

@@ -98,8 +98,12 @@ def test_python_reward_gives_the_same_run(model, params, problems):
 
 @pytest.mark.parametrize(
     ("mesh", "options"),
-    [("data=8", {}), ("data=2,fsdp=4", {"kl_coef": 0.0, "epochs": 2, "minibatches": 2, "micro_batches": 2})],
-    ids=["data", "fsdp"],
+    [
+        ("data=8", {}),
+        ("data=2,fsdp=4", {"kl_coef": 0.0, "epochs": 2, "minibatches": 2, "micro_batches": 2}),
+        ("data=8", {"share_prompt": True}),
+    ],
+    ids=["data", "fsdp", "shared"],
 )
 def test_eight_devices_do_what_one_does(mesh, options, model, params, problems):
     """The same losses and parameters after two steps; parameters really lie in pieces under fsdp."""
@@ -137,6 +141,46 @@ def test_every_variant_learns(variant, sample, model, params, problems):
         state, metrics = learn(state, rollout, scores, rows)
         rewards.append(float(metrics["reward/mean"]))
     assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.1, rewards
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [
+        ("grpo", {"epochs": 2, "minibatches": 2, "micro_batches": 2}),
+        ("dapo", {"mask_truncated": True, "minibatches": 4}),
+        ("gspo", {"minibatches": 2}),
+        ("kimi", {"kl_coef": 0.1, "micro_batches": 2}),
+    ],
+)
+def test_a_shared_prompt_teaches_the_same(variant, options, sample, model, params, problems, monkeypatch):
+    """The change of the parameters is that of one row for each completion, where both take the same groups in turn."""
+    config = grpo.GRPOConfig(variant=variant, prompts=4, group=8, sampling=SAMPLING, **options)
+    apart, _ = build(model, config)
+    shared, _ = build(model, dataclasses.replace(config, share_prompt=True))
+    state = apart.init(jax.random.key(0), params)
+    _, rollout, rows = sample(state, problems)
+    if state.reference is not None:
+        state = dataclasses.replace(state, reference=jax.tree.map(lambda p: 1.1 * p, params))
+    rewards = jnp.asarray(np.random.default_rng(0).random(32), jnp.float32)
+    by_group = grpo._shuffles
+    together = lambda key, config: by_group(key, dataclasses.replace(config, share_prompt=True))
+    monkeypatch.setattr(grpo, "_shuffles", together)
+    (want, expected), (got, metrics) = (
+        jax.jit(recipe.learn)(state, rollout, rewards, rows) for recipe in (apart, shared)
+    )
+    step = max(np.abs(x).max() for x in jax.tree.leaves(change(state, want)))
+    assert step > 1e-3
+    close(change(state, got), change(state, want), atol=1e-4 * step)
+    np.testing.assert_allclose([metrics[n] for n in expected], list(expected.values()), atol=2e-4, rtol=1e-4)
+
+
+def test_shared_prompts_are_shuffled_as_groups():
+    config = grpo.GRPOConfig(prompts=6, group=4, epochs=2, minibatches=3, share_prompt=True, sampling=SAMPLING)
+    orders = np.asarray(grpo._shuffles(jax.random.key(0), config))
+    assert orders.shape == (6, 8) and (orders[:3] != orders[3:]).any()
+    for epoch in orders.reshape(2, 6, 4):
+        assert sorted(epoch[:, 0].tolist()) == [0, 4, 8, 12, 16, 20]
+        np.testing.assert_array_equal(epoch - epoch[:, :1], np.tile(np.arange(4), (6, 1)))
 
 
 def test_equal_rewards_teach_nothing(model, params, problems):
@@ -291,6 +335,11 @@ def test_problems_are_prioritised_by_success(model, params, problems):
         ({"sampling": Sampling(temperature=0.0)}, "temperature is 0; greedy completions"),
         ({"prompts": 3, "group": 3, "minibatches": 2}, "minibatches is 2; it must divide the 9 completions"),
         ({"prompts": 2, "group": 2, "micro_batches": 3}, "micro_batches is 3; it must divide"),
+        (
+            {"prompts": 3, "minibatches": 2, "share_prompt": True},
+            "must divide the 3 prompts \\(share_prompt keeps groups",
+        ),
+        ({"prompts": 4, "minibatches": 2, "micro_batches": 4, "share_prompt": True}, "must divide the 2 prompts"),
         ({"epochs": 0}, "epochs is 0; expected at least 1"),
         ({"kl": "k4"}, "kl is 'k4'; expected one of k1, k2, k3, k3_ratio"),
         ({"scale": "max"}, "scale is 'max'; expected one of std, none, batch"),

@@ -102,6 +102,9 @@ def test_schedules():
 
 def test_weight_decay_spares_vectors():
     optimizer = update.make_optimizer(update.OptimizerConfig(learning_rate=1.0, weight_decay=0.5))
-    params = {"matrix": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    stacked = {"norm": {"scale": jnp.ones((3, 2))}, "q": {"kernel": jnp.ones((3, 2, 2)), "bias": jnp.ones((3, 2))}}
+    params = {"matrix": jnp.ones((2, 2)), "vector": jnp.ones(2), "layers": stacked}
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
-    assert (updates["matrix"] == -0.5).all() and not updates["bias"].any()
+    layers = updates["layers"]
+    assert (updates["matrix"] == -0.5).all() and (layers["q"]["kernel"] == -0.5).all()
+    assert not any(leaf.any() for leaf in (updates["vector"], layers["q"]["bias"], layers["norm"]["scale"]))

@@ -84,7 +84,7 @@ def combine(
         for name, function in functions.items():
             check_columns(name, function, inputs)
         start, count = time.monotonic(), len(inputs["completions"])
-        calls = {name: (_launch if threads else _call)(f, inputs, timeout) for name, f in functions.items()}
+        calls = {name: (launch if threads else _call)(f, inputs, timeout) for name, f in functions.items()}
         values, metrics = np.full((len(calls), count), np.nan), {}
         for row, (name, call) in zip(values, calls.items(), strict=True):
             try:
@@ -154,7 +154,7 @@ def _call(function: Reward, inputs: Mapping[str, Any], timeout: float | None) ->
     return future
 
 
-def _launch(function: Reward, inputs: Mapping[str, Any], timeout: float | None) -> Future:
+def launch(function: Reward, inputs: Mapping[str, Any], timeout: float | None) -> Future:
     """`_call` in a thread that does not keep the program alive: a reward may hang for ever."""
     future = Future()
 

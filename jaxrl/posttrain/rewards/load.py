@@ -95,7 +95,7 @@ def _term(term: str, spec: str) -> tuple[str, Reward, float]:
     weight, source = (float(found[1]), term[found.end() :].strip()) if found else (1.0, term.strip())
     if source.partition(":")[0].endswith(".py"):
         path, _, name = source.partition(":")
-        return name or "reward", _from_file(path, name or "reward", source), weight
+        return name or "reward", load_function(path, name or "reward", source), weight
     call = _TERM.fullmatch(source)
     if call is None:
         raise ValueError(
@@ -142,10 +142,11 @@ def _options(text: str, source: str) -> dict[str, Any]:
         ) from None
 
 
-def _from_file(path: str, name: str, spec: str) -> Reward:
+def load_function(path: str, name: str, spec: str, *, what: str = "reward") -> Reward:
+    """The function of a Python file, which is run; errors say what it was wanted for, and quote the `spec`."""
     file = Path(path)
     if not os.path.isfile(file):
-        raise ValueError(f"reward {spec!r}: {path!r} is not a Python file; expected path/to/rewards.py:function")
+        raise ValueError(f"{what} {spec!r}: {path!r} is not a Python file; expected path/to/{what}s.py:function")
     module_spec = importlib.util.spec_from_file_location(file.stem, file)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
@@ -154,5 +155,5 @@ def _from_file(path: str, name: str, spec: str) -> Reward:
     function: Any = getattr(module, name, None)
     if not callable(function):
         found = sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
-        raise ValueError(f"reward {spec!r}: no function {name!r} in {path}; found {', '.join(found) or 'none'}")
+        raise ValueError(f"{what} {spec!r}: no function {name!r} in {path}; found {', '.join(found) or 'none'}")
     return cast(Reward, function)
