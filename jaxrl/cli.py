@@ -19,20 +19,6 @@ Folder = Annotated[str, Positional]
 
 
 @dataclasses.dataclass(frozen=True)
-class Eval:
-    """Greedy exact-answer accuracy of a run's model, or greedy returns of an agent's run."""
-
-    run: Folder
-    """Run folder, such as runs/demo."""
-    data: str = ""
-    """JSONL with prompt and answer; empty takes the run's own held-out problems."""
-    batch: int = 512
-    """Problems decoded at once."""
-    episodes: int = 100
-    """Greedy episodes of each member, for an agent's run."""
-
-
-@dataclasses.dataclass(frozen=True)
 class Generate:
     """Sample completions from a run's model or a published one."""
 
@@ -83,6 +69,8 @@ class Export:
     """New folder."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights in the files."""
+    adapter: bool = False
+    """Of a run with --adapter.kind lora or dora: write the adapter alone, in PEFT's form."""
     shard_gb: float = 5.0
     """Gigabytes (10^9 bytes) one file holds at most."""
 
@@ -141,7 +129,10 @@ def train_model(name: str, argv: Sequence[str]) -> None:
 
     kind, options, function, _ = MODELS[name]
     options, train = getattr(recipes, options), getattr(recipes, function)
-    _train(kind, options, train, argv, next_steps=runs.next_steps, prog=f"jaxrl train {name}")
+    next_steps = runs.next_steps
+    if kind == "r1":  # a folder of runs
+        from jaxrl.posttrain.recipes.r1 import next_steps
+    _train(kind, options, train, argv, next_steps=next_steps, prog=f"jaxrl train {name}")
 
 
 def train_agent(name: str, argv: Sequence[str], *, prog: str = "", **changes) -> None:
@@ -199,23 +190,25 @@ def _train(
 
 
 def evaluate(argv: Sequence[str]) -> None:
-    """`jaxrl eval RUN`: by the kind of the run, answers of a model or episodes of an agent."""
+    """`jaxrl eval PLACE`: by the kind of the run, answers of a model or episodes of an agent."""
+    from jaxrl.posttrain import eval_command
+
+    options = config.parse(eval_command.Eval, argv, prog="jaxrl eval")
     from jaxrl import runs
-    from jaxrl.posttrain import talk
 
-    options = config.parse(Eval, argv, prog="jaxrl eval")
-    if runs.read_config(options.run)[0] in AGENTS:
+    if runs.is_run(options.run) and runs.read_config(options.run)[0] in AGENTS:
         return _evaluate_agent(options)
-    result = talk.evaluate(options.run, data=options.data, batch=options.batch)
-    print(f"accuracy {result.accuracy:.4f}  ({result.correct} of {result.problems} problems, greedy)")
+    eval_command.run(options)
 
 
-def _evaluate_agent(options: Eval) -> None:
+def _evaluate_agent(options: Any) -> None:
     from jaxrl.agents import training
 
-    if options.data:
+    agent = ("run", "episodes")
+    given = [f.name for f in dataclasses.fields(options) if getattr(options, f.name) != f.default]
+    for name in (name for name in given if name not in agent):
         raise ValueError(
-            f"--data {options.data} is for language models; {options.run} is evaluated where it was trained"
+            f"--{name.replace('_', '-')} is for language models; {options.run} is evaluated where it was trained"
         )
     for member, returns in training.evaluate(options.run, episodes=options.episodes):
         name = ", ".join(f"{field} {value:g}" for field, value in member.items())
@@ -296,12 +289,34 @@ def export(argv: Sequence[str]) -> None:
     options = config.parse(Export, argv, prog="jaxrl export")
     from jaxrl import pretrained, runs
 
-    files = pretrained.save_pretrained(
-        runs.load_model(options.run), options.out, dtype=options.dtype, shard_bytes=int(options.shard_gb * 1e9)
-    )
+    if options.adapter:
+        return _export_adapter(options)
+    model = runs.load_model(options.run)
+    if isinstance(model.params, dict) and "adapter" in model.params:
+        raise ValueError(
+            f"{options.run} is an adapter that cannot be merged into its base, so no published form has it"
+        )
+    files = pretrained.save_pretrained(model, options.out, dtype=options.dtype, shard_bytes=int(options.shard_gb * 1e9))
     size = sum(file.stat().st_size for file in files) / 1e6
     print(f"{options.out}: {len(files)} file{'s' if len(files) > 1 else ''} of weights, {size:,.1f} MB {options.dtype}")
     print(f"open it: transformers.AutoModelForCausalLM.from_pretrained({options.out!r}), jaxrl chat {options.out}")
+
+
+def _export_adapter(options: Export) -> None:
+    from jaxrl import runs
+    from jaxrl.nets import adapters
+
+    given, params, base = runs.load_adapter(options.run)
+    if given.kind not in ("lora", "dora"):
+        raise ValueError(
+            f"{options.run} holds an adapter of kind {given.kind}; PEFT's form is written of lora and dora"
+        )
+    published = base if os.path.isdir(base) and not runs.is_run(base) else ""
+    adapters.save_peft(
+        options.out, given.config(), params.get("model", params), base_model=published, dtype=options.dtype
+    )
+    print(f"{options.out}: the adapter of {options.run}, {given.kind} of rank {given.rank}, on {base}")
+    print(f"open it: peft.PeftModel.from_pretrained(model, {options.out!r}), on the model of jaxrl export {base}")
 
 
 def data_show(argv: Sequence[str]) -> None:
@@ -336,7 +351,11 @@ MODELS = {
     "ppo-rlhf": ("ppo-rlhf", "PPORun", "train_ppo", "PPO with a critic, on a learned, Python or exact reward"),
     "ppo-max": ("ppo-rlhf", "PPO_MAX_RUN", "train_ppo", "the same with the switches of PPO-max on"),
     "dpo": ("dpo", "DPORun", "train_dpo", "DPO and its family on comparisons"),
+    "online-dpo": ("online-dpo", "OnlineRun", "train_online", "DPO on comparisons of the model's own completions"),
     "kto": ("kto", "KTORun", "train_kto", "KTO on responses judged one by one"),
+    "kimi": ("grpo", "KIMI_RUN", "train_grpo", "Kimi k1.5: mirror descent, a reward for short answers"),
+    "distill": ("distill", "DistillRun", "train_distill", "on-policy distillation of a teacher"),
+    "r1": ("r1", "R1Run", "train_r1", "the pipeline of DeepSeek-R1, stage by stage"),
 }
 """Runs of language models: their kind, and options and function in `jaxrl.posttrain.recipes`."""
 
@@ -369,7 +388,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     **{f"train {name}": (functools.partial(train_model, name), text) for name, (*_, text) in MODELS.items()},
     **{f"train {name}": (functools.partial(train_agent, name), text) for name, text in AGENTS.items()},
     "sweep": (sweep, "an agent over seeds and hyper-parameters, in one program"),
-    "eval": (evaluate, "greedy accuracy of a run's model, or greedy returns of an agent"),
+    "eval": (evaluate, "accuracy, pass@k, maj@k and win rate of a model, or returns of an agent"),
     "generate": (generate, "sample completions from a run's model or a published one"),
     "chat": (chat, "talk to a run's model or a published one"),
     "export": (export, "write a model as safetensors, config and tokenizer, as transformers reads them"),

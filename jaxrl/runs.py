@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -17,8 +18,11 @@ from jaxrl import checkpoint, config
 from jaxrl.data.chat import Template, template_of, turn_ends
 from jaxrl.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from jaxrl.data.tokenizer_files import save_tokenizer
+from jaxrl.nets import adapters
 from jaxrl.nets.language_model import LanguageModel, language_model
 from jaxrl.nets.transformer import TransformerConfig
+from jaxrl.posttrain import adapter
+from jaxrl.posttrain.adapter import AdapterOptions
 
 CONFIG, MODEL, METRICS, SUMMARY, CHECKPOINTS = (
     "config.json",
@@ -75,10 +79,22 @@ def read_config(folder: str | Path) -> tuple[str, dict[str, Any]]:
     return saved["kind"], saved["config"]
 
 
+def is_run(place: str | Path) -> bool:
+    """Whether a folder holds a run."""
+    return (Path(place) / CONFIG).is_file()
+
+
 def write_model(
-    folder: Path, transformer: TransformerConfig, tokenizer: Tokenizer, *, marker: str, max_tokens: int, example: str
+    folder: Path,
+    transformer: TransformerConfig,
+    tokenizer: Tokenizer,
+    *,
+    marker: str,
+    max_tokens: int,
+    example: str,
+    origin: dict[str, Any] | None = None,
 ) -> None:
-    """Writes `model.json`: what it takes to rebuild the network and to talk to it.
+    """Writes `model.json`: what it takes to rebuild the network and to talk to it; of an adapter its `origin`, too.
 
     A Hugging Face tokenizer is copied into the folder, so that the run does not need the place it came from.
     """
@@ -95,8 +111,37 @@ def write_model(
             "marker": marker,
             "max_tokens": max_tokens,
             "example": example,
-        },
+        }
+        | ({} if origin is None else {"adapter": origin | {"base": _from(folder, origin["base"])}}),
     )
+
+
+def origin(options: AdapterOptions, base: str, params: Any) -> dict[str, Any]:
+    """What an adapter stands on: its options, the place of the base, and a number that tells its parameters."""
+    return {"options": config.to_json(options), "base": base, "fingerprint": _fingerprint(base, params)}
+
+
+def check_origin(folder: str | Path, origin: dict[str, Any] | None) -> None:
+    """Raises ValueError where the adapter of a run folder stands on other parameters, or is of another form."""
+    file = Path(folder) / MODEL
+    saved = json.loads(file.read_text()).get("adapter") if file.is_file() else origin
+    same = ("fingerprint", "options")
+    if [(saved or {}).get(name) for name in same] != [(origin or {}).get(name) for name in same]:
+        raise ValueError(
+            f"{folder} was begun with the adapter {saved and saved['options']} on {saved and saved['base']}, which is "
+            "another one now, or another base; resume with both as they were, or start a new run"
+        )
+
+
+def check_model(folder: str | Path) -> None:
+    """Raises ValueError where `load_model` finds no model."""
+    from jaxrl import pretrained  # it returns a Model
+
+    if not (Path(folder) / MODEL).is_file() and not pretrained.is_place(folder):
+        raise ValueError(
+            f"{folder} holds no model (no {MODEL} in it){pretrained.near(folder)}; expected a run folder such as "
+            f"runs/demo, {pretrained.PLACES}"
+        )
 
 
 def load_model(folder: str | Path) -> Model:
@@ -110,14 +155,10 @@ def load_model(folder: str | Path) -> Model:
       FileNotFoundError: when it has no intact checkpoint yet.
     """
     path = Path(folder)
+    check_model(folder)
     if not (path / MODEL).is_file():
         from jaxrl import pretrained  # it returns a Model
 
-        if not pretrained.is_place(folder):
-            raise ValueError(
-                f"{folder} holds no model (no {MODEL} in it){pretrained.near(folder)}; expected a run folder such as "
-                f"runs/demo, {pretrained.PLACES}"
-            )
         return pretrained.load_pretrained(folder)
     saved = json.loads((path / MODEL).read_text())
     if "file" in saved["tokenizer"]:  # beside model.json
@@ -125,9 +166,12 @@ def load_model(folder: str | Path) -> Model:
     tokenizer = load_tokenizer(saved["tokenizer"])
     transformer = config.from_json(TransformerConfig, saved["transformer"], source=str(path / MODEL))
     state, _ = checkpoint.restore(path / CHECKPOINTS)
+    model, params = language_model(transformer), state["params"]
+    if "adapter" in saved:
+        model, params = _with_base(path, saved["adapter"], model, params)
     return Model(
-        language_model(transformer),
-        state["params"],
+        model,
+        params,
         tokenizer,
         transformer,
         saved["marker"],
@@ -138,23 +182,76 @@ def load_model(folder: str | Path) -> Model:
     )
 
 
+def load_adapter(folder: str | Path) -> tuple[AdapterOptions, Any, str]:
+    """Options and parameters of the adapter in a run folder, and the place of its base.
+
+    Raises:
+      ValueError: a run that has no adapter.
+    """
+    path = Path(folder) / MODEL
+    saved = json.loads(path.read_text()).get("adapter") if path.is_file() else None
+    if saved is None:
+        raise ValueError(f"{folder} holds no adapter; expected a run of jaxrl train ... --adapter.kind lora")
+    state, _ = checkpoint.restore(Path(folder) / CHECKPOINTS)
+    options = config.from_json(AdapterOptions, saved["options"], source=str(path))
+    return options, state["params"], _to(Path(folder), saved["base"])
+
+
+def _with_base(path: Path, saved: dict[str, Any], model: LanguageModel, params: Any) -> tuple[LanguageModel, Any]:
+    """An adapter's model: merged into its base, or beside it where it cannot be."""
+    place = _to(path, saved["base"])
+    base = load_model(place).params
+    if _fingerprint(place, base) != saved["fingerprint"]:
+        raise ValueError(
+            f"{path} holds an adapter on {place}, whose parameters have changed since; put back those it was trained on"
+        )
+    options = config.from_json(AdapterOptions, saved["options"], source=str(path / MODEL))
+    made, base = options.build(), options.frozen(base)
+    assert made is not None
+    if not made.merges:
+        return adapter.carried(model, made), adapter.join(base, params)
+    own = params["model"] if set(params) == {"model", "head"} else params
+    merged = adapters.dequantise_base(adapters.merge(base, own, made).params)
+    return model, merged if own is params else params | {"model": merged}
+
+
+def _fingerprint(place: str, params: Any) -> int:
+    """Of a model's parameters as they are stored: a merged base is not the same on every machine."""
+    file = Path(place) / MODEL
+    below = json.loads(file.read_text()).get("adapter") if file.is_file() else None
+    return adapter.fingerprint(load_adapter(place)[1] if below else params) ^ (below or {}).get("fingerprint", 0)
+
+
+def _from(folder: Path, place: str) -> str:
+    """A place on disk as seen from the run folder, so that both may move together; a name stays."""
+    return os.path.relpath(place, folder) if os.path.exists(place) else place
+
+
+def _to(folder: Path, place: str) -> str:
+    return os.path.normpath(folder / place) if os.path.exists(folder / place) else place
+
+
 def next_steps(folder: str | Path) -> str:
     """What to do with a finished run, one command a line."""
     path = Path(folder)
     kind, values = read_config(path)
-    example = json.loads((path / MODEL).read_text())["example"]
+    saved = json.loads((path / MODEL).read_text())
     plot = path / "curves.png"
-    using = {"talk to it": f"jaxrl chat {path}"}
-    if kind in ("grpo", "sft"):
-        using["evaluate it"] = f"jaxrl eval {path}"
-    if example:
-        using["sample from it"] = f"jaxrl generate {path} --prompt {shlex.quote(example)}"
-    lines = {
-        "learning curves": str(plot) if plot.exists() else "none: pip install 'jaxrl[plot]' draws them",
-        **(using if kind != "rm" else {}),
-        "train on": f"jaxrl train {kind} --resume {path} --steps {2 * values['steps']}",
-        "on your own data": f"jaxrl train grpo --init {path} --data problems.jsonl",
-    }
+    lines = {"learning curves": str(plot) if plot.exists() else "none: pip install 'jaxrl[plot]' draws them"}
+    if kind == "rm":
+        lines["reward with it"] = f"jaxrl train ppo-rlhf --reward-model {path} --init {values['init'] or 'MODEL'}"
+    else:
+        lines["talk to it"] = f"jaxrl chat {path}"
+        rewarded = f" --reward {shlex.quote(values['reward'])}" if values.get("reward") else ""
+        answered = "accuracy_after" in json.loads((path / SUMMARY).read_text())
+        lines["evaluate it"] = f"jaxrl eval {path}" + ("" if answered else rewarded or " --data problems.jsonl")
+        if saved["example"]:
+            lines["sample from it"] = f"jaxrl generate {path} --prompt {shlex.quote(saved['example'])}"
+        if (saved.get("adapter") or {}).get("options", {}).get("kind") in ("lora", "dora"):
+            lines["its adapter"] = f"jaxrl export {path} --adapter --out FOLDER"
+    lines["train on"] = f"jaxrl train {kind} --resume {path} --steps {2 * values['steps']}"
+    if kind != "rm":
+        lines["on your own data"] = f"jaxrl train grpo --init {path} --data problems.jsonl"
     return "\n".join(f"{what:<18}{command}" for what, command in lines.items())
 
 

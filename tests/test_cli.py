@@ -43,7 +43,7 @@ def test_every_command_explains_its_flags(name, capsys):
         (["train", "grpo", "--grpo.group", "1"], "group is 1"),
         (["train", "grpo", "--resume", "nowhere"], "nowhere holds no run (no config.json in it)"),
         (["train", "grpo", "--resume"], "--resume takes a run folder, got nothing after it"),
-        (["eval", "nowhere"], "nowhere holds no run"),
+        (["eval", "nowhere"], "nowhere holds no model (no model.json in it)"),
         (["generate", "nowhere"], "--prompt"),
         (["data", "show", "nowhere.jsonl"], "nowhere.jsonl"),
         (["data", "show", "x.jsonl", "--tokenizer", "bpe"], "no tokeniser 'bpe'"),

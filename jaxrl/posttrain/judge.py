@@ -7,6 +7,7 @@ win_rate(judge, prompts, ours, theirs)
 """
 
 import collections
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
@@ -23,6 +24,14 @@ METRICS = {
     "length": "mean tokens of a completion, the EOS included",
 }
 """What `evaluate` computes; k is a number, as in pass@8."""
+
+
+class Estimate(NamedTuple):
+    """A figure of `evaluate` and its confidence interval over problems."""
+
+    mean: float
+    low: float
+    high: float
 
 
 class WinRate(NamedTuple):
@@ -135,8 +144,8 @@ def _wins(size: int, others: list[int], silent: int, k: int) -> float:
 def win_rate(
     judge: Judge,
     prompts: Sequence[Any],
-    first: Sequence[str],
-    second: Sequence[str],
+    first: Sequence[Any],
+    second: Sequence[Any],
     *,
     swap: bool = True,
     confidence: float = 0.95,
@@ -153,7 +162,8 @@ def win_rate(
       judge: `(prompts [N], completions [N] lists of two texts) -> [N]` verdicts, as in `online.judged`: two scores
         (equal ones are a tie), or 0 or 1 for the better of the two, or None.
       prompts: `[N]`, in the form the judge takes.
-      first: `[N]` completions whose rate is asked for.
+      first: `[N]` completions whose rate is asked for, in the form the judge takes; scores of them, for
+        `lambda prompts, pairs: pairs`.
       second: `[N]` those they are compared with.
       swap: ask in both orders; otherwise once.
       confidence: of the interval.
@@ -201,6 +211,18 @@ def judge_by(reward: Callable[..., Sequence[float | None]], **columns: Sequence)
     return judge
 
 
+def is_judge(function: Callable) -> bool:
+    """Whether a function is a judge and no reward: called as `(prompts, completions)`, and no columns besides."""
+    signature = inspect.signature(function)
+    if any(given.kind is inspect.Parameter.VAR_KEYWORD for given in signature.parameters.values()):
+        return False
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        return False
+    return True
+
+
 def wilson(successes: float, trials: int, *, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's interval of a rate (1927), which stays in [0, 1] and works for few trials and rates of 0 and 1.
 
@@ -226,14 +248,19 @@ def evaluate(
     correct: np.ndarray,
     answers: Sequence[Sequence[str | None]] | None = None,
     lengths: np.ndarray | None = None,
-) -> dict[str, float]:
+    confidence: float = 0.95,
+) -> dict[str, Estimate]:
     """Metrics by name, each the mean over the problems that have it; NaN where none has.
+
+    The interval is Wilson's (1927) over problems, of the length the mean -+ z standard errors. A chance between 0 and 1
+    varies less than a success: of several samples Wilson's is somewhat too wide.
 
     Args:
       metrics: such as `("pass@1", "pass@8", "maj@8", "length")`; see `METRICS`.
       correct: `[N, n]` as in `pass_at_k`.
       answers: N lists of n, for maj@k.
       lengths: `[N, n]` tokens, for length.
+      confidence: of the intervals.
 
     Raises:
       ValueError: an unknown metric, one whose numbers were not given, or a k above n.
@@ -247,7 +274,7 @@ def evaluate(
         elif kind == "maj" and k > 0 and answers is not None:
             values = maj_at_k(answers, correct, k=k)
         elif name == "length" and lengths is not None:
-            values = np.asarray(lengths, np.float64).reshape(-1)
+            values = np.asarray(lengths, np.float64).mean(axis=1)
         else:
             lacks = kind == "maj" and k > 0 or name == "length"
             hint = (
@@ -255,8 +282,19 @@ def evaluate(
             )
             raise ValueError(f"metric {name!r}: {hint}")
         values = values[~np.isnan(values)]
-        result[name] = float(values.mean()) if values.size else math.nan
+        result[name] = _estimate(values, confidence, chance=name != "length")
     return result
+
+
+def _estimate(values: np.ndarray, confidence: float, *, chance: bool) -> Estimate:
+    if not values.size:
+        return Estimate(math.nan, math.nan, math.nan)
+    mean = float(values.mean())
+    if chance:
+        return Estimate(mean, *wilson(float(values.sum()), values.size, confidence=confidence))
+    spread = float(values.std(ddof=1)) if values.size > 1 else math.nan
+    half = NormalDist().inv_cdf((1 + confidence) / 2) * spread / math.sqrt(values.size)
+    return Estimate(mean, mean - half, mean + half)
 
 
 def _correct(correct: Any, k: int, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -274,7 +312,7 @@ def _correct(correct: Any, k: int, name: str) -> tuple[np.ndarray, np.ndarray]:
     return np.where(known, correct, 0.0), known
 
 
-def _wins_of_first(judge: Judge, prompts: Sequence[Any], first: Sequence[str], second: Sequence[str]) -> np.ndarray:
+def _wins_of_first(judge: Judge, prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any]) -> np.ndarray:
     """`[N]`: 1 where the first was found better, 0 the second, 1/2 a tie, NaN no verdict."""
     verdicts = list(judge(prompts, [list(pair) for pair in zip(first, second, strict=True)]))
     if len(verdicts) != len(prompts):

@@ -1,4 +1,4 @@
-"""Using a model, of a run or a published one: evaluate it, sample from it, talk to it."""
+"""Using a model, of a run or a published one: sample from it, talk to it."""
 
 import dataclasses
 import itertools
@@ -14,8 +14,8 @@ from jaxrl import runs
 from jaxrl.data import chatml, encode_prompts
 from jaxrl.data.chat import Message
 from jaxrl.data.tokenizer import check_ids
-from jaxrl.posttrain import rewards, task
-from jaxrl.posttrain.rollout import Sampling, rollout
+from jaxrl.posttrain import task
+from jaxrl.posttrain.rollout import Sampling
 from jaxrl.types import Finish, Prompts
 
 TRAINED = 1 << 30
@@ -40,6 +40,11 @@ class Speaker(NamedTuple):
     complete: Callable[..., list[Completion]]
 
 
+def fitted(sampling: Sampling, model: runs.Model) -> Sampling:
+    """The sampling with the model's own width in the place of `TRAINED`."""
+    return dataclasses.replace(sampling, max_tokens=model.max_tokens) if sampling.max_tokens == TRAINED else sampling
+
+
 def open_run(folder: str, *, sampling: Sampling, samples: int = 1) -> Speaker:
     """Opens a model, by what `runs.load_model` takes, for prompts of any length its context holds.
 
@@ -50,19 +55,8 @@ def open_run(folder: str, *, sampling: Sampling, samples: int = 1) -> Speaker:
     """
     model = runs.load_model(folder)
     tokenizer = model.tokenizer
-    if sampling.max_tokens == TRAINED:
-        sampling = dataclasses.replace(sampling, max_tokens=model.max_tokens)
-    generate = jax.jit(
-        partial(
-            rollout,
-            model.language_model,
-            sampling=sampling,
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
-            samples=samples,
-            stop=[(i,) for i in model.ends],
-        )
-    )
+    sampling = fitted(sampling, model)
+    generate = task.make_generate(model.language_model, tokenizer, sampling, samples=samples)
     room = model.transformer.max_length - sampling.max_tokens
     encode = partial(
         encode_prompts,
@@ -132,56 +126,3 @@ def _continue(speaker: Speaker, line: str, turn: int) -> list[Message]:
     prompt = line if not marker or line.endswith(marker) else line + marker
     print(prompt + speaker.complete(prompt, seed=turn)[0].text)
     return []
-
-
-class Accuracy(NamedTuple):
-    """Result of `evaluate`."""
-
-    accuracy: float
-    correct: int
-    problems: int
-
-
-def evaluate(folder: str, *, data: str = "", batch: int = 512) -> Accuracy:
-    """Greedy exact-answer accuracy of a run's model, compared as text.
-
-    Args:
-      folder: run folder.
-      data: JSONL with `prompt` and `answer`; empty takes the run's own held-out problems.
-      batch: problems decoded at once.
-    """
-    model = runs.load_model(folder)
-    if data:
-        problems = task.load_records(data, columns=("prompt", "answer"))
-    else:
-        _, values = runs.read_config(folder)
-        problems = task.load_task(
-            values["data"],
-            tokenizer=model.tokenizer,
-            marker=model.marker,
-            held_out=values["held_out"],
-            columns=("prompt", "answer"),
-        ).held_out
-    width = task.prompts_of(problems, model.tokenizer).tokens.shape[1]
-    if width + model.max_tokens > model.transformer.max_length:
-        raise ValueError(
-            f"the longest prompt has {width} tokens; with {model.max_tokens} new ones it does not fit the context of "
-            f"{model.transformer.max_length} that {folder} was trained for"
-        )
-    generate = task.make_generate(
-        model.language_model, model.tokenizer, Sampling(temperature=0.0, max_tokens=model.max_tokens)
-    )
-    correct = 0
-    for start in range(0, len(problems), batch):
-        part = problems[start : start + batch]
-        prompts = task.prompts_of(part, model.tokenizer, pad_to=width)
-        completions = jax.device_get(generate(model.params, prompts, jax.random.key(0)))
-        columns = {"answer": [str(record["answer"]) for record in part]}
-        exact = rewards.exact_text(
-            completions=task.text_of(completions, model.tokenizer),
-            finish_reasons=[Finish(reason).name.lower() for reason in completions.finish],
-            marker=model.marker,
-            **columns,
-        )
-        correct += int(sum(exact))
-    return Accuracy(correct / len(problems), correct, len(problems))

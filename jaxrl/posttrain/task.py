@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl.data import arithmetic, preferences, records, sources
+from jaxrl.data.chat import turn_ends
 from jaxrl.data.sources import Record
 from jaxrl.data.split import split_by_problem
 from jaxrl.data.tokenizer import Tokenizer, load_tokenizer
 from jaxrl.nets.language_model import LanguageModel
+from jaxrl.posttrain import rewards
 from jaxrl.posttrain.rewards.exact import Answers
 from jaxrl.posttrain.rollout import Sampling, rollout
 from jaxrl.types import Labelled, Pairs, Prompts, Rollout, TokenBatch
@@ -71,9 +73,11 @@ def _with_prompt(record: Record, number: int) -> Record:
         return preferences.with_prompt(record)
 
 
-def prompts_of(rows: list[Record], tokenizer: Tokenizer, *, pad_to: int | None = None) -> Prompts:
-    """Left-padded prompts of records."""
-    tokens, lengths = records.encode_prompts(rows, tokenizer, pad_to=pad_to)
+def prompts_of(
+    rows: list[Record], tokenizer: Tokenizer, *, pad_to: int | None = None, add_bos: bool = False
+) -> Prompts:
+    """Left-padded prompts of records; `add_bos` as in `data.encode_prompts`."""
+    tokens, lengths = records.encode_prompts(rows, tokenizer, pad_to=pad_to, add_bos=add_bos)
     return Prompts(jnp.asarray(tokens), jnp.asarray(lengths))
 
 
@@ -117,8 +121,13 @@ def text_of(completions: Rollout, tokenizer: Tokenizer) -> list[str]:
     return [tokenizer.decode(row[:length].tolist()) for row, length in rows]
 
 
+def stops(tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """The sampler's stop sequences: tokens besides EOS that end a turn of a chat model (`data.chat.turn_ends`)."""
+    return tuple((i,) for i in turn_ends(tokenizer))
+
+
 def make_generate(model: LanguageModel, tokenizer: Tokenizer, sampling: Sampling, *, samples: int = 1) -> Callable:
-    """A compiled `(params, prompts, key) -> Rollout`."""
+    """A compiled `(params, prompts, key) -> Rollout`; a chat model stops at the end of its turn."""
 
     @jax.jit
     def generate(params, prompts: Prompts, key):
@@ -131,6 +140,17 @@ def make_generate(model: LanguageModel, tokenizer: Tokenizer, sampling: Sampling
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
             samples=samples,
+            stop=stops(tokenizer),
         )
 
     return generate
+
+
+def score_texts(
+    reward: rewards.Reward, completions: Rollout, rows: list[Record], tokenizer: Tokenizer, *, samples: int
+) -> rewards.Scored:
+    """A Python reward of completions, `samples` of each record, whose further columns it is given."""
+    names = set().union(*rows) - {"prompt", "completion"}
+    columns = {name: [record.get(name) for record in rows] for name in sorted(names)}
+    prompts = [record["prompt"] for record in rows]
+    return rewards.score_parts(reward, completions, tokenizer, prompts, columns, samples=samples)

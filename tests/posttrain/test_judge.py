@@ -207,8 +207,12 @@ def test_metrics_by_name():
         "lengths": np.asarray([[1, 2], [3, 4], [5, 6]]),
     }
     result = judge.evaluate(["accuracy", "pass@1", "pass@2", "maj@2", "length"], **given)
-    assert result == {"accuracy": 0.5, "pass@1": 0.5, "pass@2": pytest.approx(2 / 3), "maj@2": 0.5, "length": 3.5}
-    assert math.isnan(judge.evaluate(["pass@1"], correct=np.full((2, 2), NAN))["pass@1"])
+    means = {name: estimate.mean for name, estimate in result.items()}
+    assert means == {"accuracy": 0.5, "pass@1": 0.5, "pass@2": pytest.approx(2 / 3), "maj@2": 0.5, "length": 3.5}
+    assert result["accuracy"][1:] == judge.wilson(1.5, 3)
+    half = 1.959964 * 2 / 3**0.5  # the means of lengths are 1.5, 3.5, 5.5
+    assert result["length"][1:] == pytest.approx((3.5 - half, 3.5 + half))
+    assert math.isnan(judge.evaluate(["pass@1"], correct=np.full((2, 2), NAN))["pass@1"].mean)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from jaxrl import checkpoint, metrics, runs
 from jaxrl.display import Display
-from jaxrl.posttrain import recipes, talk, task
+from jaxrl.posttrain import evaluation, recipes, talk, task
 from jaxrl.posttrain.grpo import GRPOConfig
 from jaxrl.posttrain.rollout import Sampling
 from jaxrl.posttrain.sft import SFTConfig
@@ -166,8 +166,8 @@ def test_a_run_killed_before_its_model_was_described_resumes(warm, digits, tmp_p
 
 
 def test_evaluate_and_complete(trained):
-    result = talk.evaluate(str(trained.folder), batch=7)
-    assert result.problems == 16 and result.accuracy == pytest.approx(trained.summary["accuracy_after"])
+    result = evaluation.evaluate(str(trained.folder), batch=7)
+    assert result.figures["accuracy"].mean == pytest.approx(trained.summary["accuracy_after"])
     speaker = talk.open_run(str(trained.folder), sampling=Sampling(max_tokens=4), samples=3)
     first, again = (speaker.complete("123=", seed=4) for _ in range(2))
     assert len(first) == 3 and first == again and {c.finish for c in first} <= {"eos", "length"}

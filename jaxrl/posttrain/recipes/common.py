@@ -12,18 +12,21 @@ import jax
 import numpy as np
 
 from jaxrl import checkpoint, config, loop, metrics, parallel, plots, runs
-from jaxrl.data.tokenizer import Tokenizer
 from jaxrl.display import Display, metrics_line
+from jaxrl.nets.adapters import RULES, Adapter
 from jaxrl.nets.language_model import LanguageModel, language_model
 from jaxrl.nets.transformer import TransformerConfig
+from jaxrl.posttrain import adapter as adapting
 from jaxrl.posttrain import rewards, task, update
+from jaxrl.posttrain.adapter import AdapterOptions
 from jaxrl.posttrain.rollout import Sampling
-from jaxrl.types import Rollout
+from jaxrl.posttrain.task import score_texts as score_texts
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder to start from nothing. Vocabulary and context follow from the data."""
+    """A decoder to start from nothing. Vocabulary and context follow from the data. Of a model from `init`, remat and
+    dtype change what they are set to; the rest is its own."""
 
     width: int = 64
     """Width of the residual stream."""
@@ -73,26 +76,65 @@ class RunOptions:
     """Skipped (non-finite) updates in a row after which the run stops."""
     mesh: str = ""
     """Devices, such as data=2,fsdp=4; empty is one device."""
+    cache: str = ""
+    """Type of the sampler's keys and values: float32, bfloat16 or int8; empty is the type the model computes in."""
+    adapter: AdapterOptions = dataclasses.field(default_factory=AdapterOptions)
+    """What is trained in the place of all parameters of `init`."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: update.OptimizerConfig = dataclasses.field(default_factory=update.OptimizerConfig)
 
 
 class Outcome(NamedTuple):
-    """What a run made: its folder, what `summary.json` holds, and the final train state."""
+    """What a run made: its folder, what `summary.json` holds, and the final train state (`Over` with an adapter)."""
 
     folder: Path
     summary: dict[str, Any]
-    state: update.TrainState
+    state: Any
 
 
 class Setup(NamedTuple):
-    """A run's data and model, and the mesh they live on (None: one device)."""
+    """A run's data and model, the mesh they live on (None: one device), and the adapter (None: all is trained).
+
+    `base`: the functions of the model that is started from, `initial` makes its parameters. `origin`: what
+    `runs.load_model` must know to put an adapter's base back.
+    """
 
     task: task.Task
-    model: LanguageModel
+    base: LanguageModel
     transformer: TransformerConfig
     initial: Callable[[], Any]
     mesh: Any
+    adapter: Adapter | None = None
+    origin: dict[str, Any] | None = None
+
+    @property
+    def model(self) -> LanguageModel:
+        """The functions of the model that is trained, of parameters as `adapter.whole` gives them."""
+        return self.base if self.adapter is None else adapting.carried(self.base, self.adapter)
+
+    def recipe(self, run: "RunOptions", make: Callable, *, updates: int = 1, moving_reference: bool = False) -> Any:
+        """A recipe's functions, of all parameters or over a frozen base.
+
+        Args:
+          run: its options.
+          make: `(model, optimizer, *, max_grad_norm, constrain) -> NamedTuple of functions`.
+          updates: of a step.
+          moving_reference: whether it changes `state.reference`.
+        """
+        optimizer = run.adapter.optimizer(update.make_optimizer(run.optimizer), updates=run.steps * updates)
+        of = partial(make, optimizer=optimizer, max_grad_norm=run.optimizer.max_grad_norm, constrain=self.constrain)
+        if self.adapter is None:
+            return of(self.base)
+        return adapting.over(of, self.base, self.adapter, moving_reference=moving_reference)
+
+    def reference(self) -> Any:
+        """Parameters for `model` of what the run starts from, without its adapter."""
+        return self.initial() if self.adapter is None else adapting.join(self.initial(), None)
+
+    def shardings(self, tree: Any) -> Any:
+        """Where the leaves of a tree lie on the mesh."""
+        rules = parallel.RULES if self.adapter is None else (*RULES, *parallel.RULES)
+        return parallel.state_shardings(tree, self.mesh, rules=rules)
 
     def constrain(self, batch):
         return batch if self.mesh is None else parallel.shard_batch(batch, self.mesh)
@@ -107,7 +149,17 @@ class Evaluation(NamedTuple):
 
 def prepare(run: RunOptions, *, columns: tuple[str, ...], max_tokens: int, supervised: bool = False) -> Setup:
     """Reads data and model; everything that can be wrong with them is found here."""
+    adapter = run.adapter.build()
+    if adapter is not None and not run.init:
+        raise ValueError(
+            f"adapter kind is {run.adapter.kind}, which stands on a trained base, and there is none; name it: --init"
+        )
     start = runs.load_model(run.init) if run.init else None
+    if start and isinstance(start.params, dict) and "adapter" in start.params:
+        raise ValueError(
+            f"{run.init} is an adapter that cannot be merged into its base, and no base for another run; use it as it "
+            "is, or start from what it was trained on"
+        )
     tokenizer = start.tokenizer if start and not run.tokenizer else run.tokenizer
     marker = run.marker or (start.marker if start and run.data not in task.BUILT_IN else "")
     work = task.load_task(run.data, tokenizer=tokenizer, marker=marker, held_out=run.held_out, columns=columns)
@@ -116,17 +168,29 @@ def prepare(run: RunOptions, *, columns: tuple[str, ...], max_tokens: int, super
         fields = {f.name: getattr(run.model, f.name) for f in dataclasses.fields(run.model)}
         transformer = TransformerConfig(vocab_size=work.tokenizer.vocab_size, max_length=longest, **fields)
     else:
-        transformer = dataclasses.replace(start.transformer, max_length=max(longest, start.transformer.max_length))
+        given = {name: getattr(run.model, name) for name in ("dtype", "remat")}
+        changes = {name: value for name, value in given.items() if value != getattr(ModelConfig, name)}
+        length = max(longest, start.transformer.max_length)
+        transformer = dataclasses.replace(start.transformer, max_length=length, **changes)
         content = lambda tokenizer: {k: v for k, v in tokenizer.to_json().items() if k != "file"}
         if run.tokenizer and content(work.tokenizer) != content(start.tokenizer):
             raise ValueError(
                 f"--tokenizer {run.tokenizer} is not that of the model of {run.init}, whose ids mean something else; "
                 "leave it out to use the model's own"
             )
+    if run.cache:
+        transformer = dataclasses.replace(transformer, cache_dtype=run.cache)
     model = language_model(transformer)
-    # one program in both cases, so that a resumed run gets the very same numbers
-    initial = (lambda: start.params) if start else lambda: jax.jit(model.init)(jax.random.key(run.seed))
-    return Setup(work, model, transformer, initial, parallel.make_mesh(run.mesh) if run.mesh else None)
+    origin = None
+    if start:
+        if adapter is not None:
+            origin = runs.origin(run.adapter, run.init, start.params)
+        params = run.adapter.frozen(start.params)
+        initial = lambda: params
+    else:  # one program in both cases, so that a resumed run gets the very same numbers
+        initial = lambda: jax.jit(model.init)(jax.random.key(run.seed))
+    mesh = parallel.make_mesh(run.mesh) if run.mesh else None
+    return Setup(work, model, transformer, initial, mesh, adapter, origin)
 
 
 def with_context(setup: Setup, length: int) -> Setup:
@@ -134,7 +198,7 @@ def with_context(setup: Setup, length: int) -> Setup:
     if length <= setup.transformer.max_length:
         return setup
     transformer = dataclasses.replace(setup.transformer, max_length=length)
-    return setup._replace(transformer=transformer, model=language_model(transformer))
+    return setup._replace(transformer=transformer, base=language_model(transformer))
 
 
 def _longest(work: task.Task, max_tokens: int, *, supervised: bool) -> int:
@@ -172,10 +236,13 @@ def text_evaluation(setup: Setup, max_tokens: int, reward: rewards.Reward, *, ex
     return greedy_evaluation("eval/accuracy" if exact else "eval/reward", setup, max_tokens, score)
 
 
-def greedy_evaluation(name: str, setup: Setup, max_tokens: int, score: Callable) -> Evaluation:
+def greedy_evaluation(
+    name: str, setup: Setup, max_tokens: int, score: Callable, *, generate: Callable | None = None
+) -> Evaluation:
+    """`generate`: `(params, prompts, key) -> Rollout`, greedy; None is the plain sampler."""
     prompts = task.prompts_of(setup.task.held_out, setup.task.tokenizer)
     greedy = Sampling(temperature=0.0, max_tokens=max_tokens)
-    generate = task.make_generate(setup.model, setup.task.tokenizer, greedy)
+    generate = generate or task.make_generate(setup.model, setup.task.tokenizer, greedy)
 
     def evaluate(params):
         completions = jax.device_get(generate(params, prompts, jax.random.key(0)))
@@ -184,13 +251,6 @@ def greedy_evaluation(name: str, setup: Setup, max_tokens: int, score: Callable)
         return float(known.mean() if known.size else np.nan), task.text_of(completions, setup.task.tokenizer), scores
 
     return Evaluation(name, evaluate)
-
-
-def score_texts(reward, completions: Rollout, records: list, tokenizer: Tokenizer, *, samples: int) -> rewards.Scored:
-    names = set().union(*records) - {"prompt", "completion"}
-    columns = {name: [record.get(name) for record in records] for name in sorted(names)}
-    prompts = [record["prompt"] for record in records]
-    return rewards.score_parts(reward, completions, tokenizer, prompts, columns, samples=samples)
 
 
 def drive(
@@ -211,12 +271,15 @@ def drive(
     """Runs the loop between a fresh or restored state and a finished run folder."""
     folder, key = Path(run.out), jax.random.key(run.seed)
     shapes = jax.eval_shape(init, key, jax.eval_shape(setup.initial))
+    if setup.adapter is not None and not isinstance(shapes, adapting.Over):
+        raise ValueError(f"jaxrl train {kind} takes no adapter; leave --adapter.kind {run.adapter.kind} out")
     if setup.mesh is not None:
-        parallel.state_shardings(shapes, setup.mesh)
+        setup.shardings(shapes)
     if jit:
         jax.eval_shape(step, shapes, data)  # what does not fit together is found before anything is written
     if resume:
         runs.read_config(folder)
+        runs.check_origin(folder, setup.origin)
     else:
         runs.check_new(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -228,6 +291,7 @@ def drive(
         marker=setup.task.marker,
         max_tokens=max_tokens,
         example=example if isinstance(example, str) else "",
+        origin=setup.origin,
     )
     runs.write_config(folder, kind, run)
     state, done = _initial_state(folder, init, key, setup)
@@ -246,7 +310,7 @@ def drive(
             nonlocal evaluated
             if evaluation is None or (evaluated[0] == step and not samples):
                 return
-            score, texts, scores = evaluation.score(state.params)
+            score, texts, scores = evaluation.score(adapting.whole(state))
             if evaluated[0] != step:
                 log.write(step, {evaluation.name: score, "time/elapsed": elapsed()})
                 view.note(f"  step {step}: {metrics_line({evaluation.name: score, **metrics_now})}")
@@ -279,7 +343,7 @@ def drive(
                     evaluate(done, last)
                 due = _crossed(first, done, run.save_every) or done == run.steps or reached()
                 if due and finite(state.params):  # a bad state never pushes out a good one
-                    checkpoint.save(folder / runs.CHECKPOINTS, done, state, keep=run.keep)
+                    checkpoint.save(folder / runs.CHECKPOINTS, done, adapting.trained(state), keep=run.keep)
                 if reached():
                     break
         except KeyboardInterrupt:
@@ -289,7 +353,7 @@ def drive(
 
     rows = list(metrics.read(log.path))
     plots.curves(rows, folder / "curves.png", title=f"{kind.upper()} on {run.data}")
-    summary = {"kind": kind, "steps": done, "seconds": elapsed(), "skipped": int(state.skipped)}
+    summary = {"kind": kind, "steps": done, "seconds": elapsed(), "skipped": int(adapting.trained(state).skipped)}
     if evaluation is not None:
         name = evaluation.name.removeprefix("eval/")
         scores = [row[evaluation.name] for row in rows if evaluation.name in row]
@@ -299,17 +363,23 @@ def drive(
     return Outcome(folder, summary, state)
 
 
-def _initial_state(folder: Path, init: Callable, key: jax.Array, setup: Setup) -> tuple[update.TrainState, int]:
+def _initial_state(folder: Path, init: Callable, key: jax.Array, setup: Setup) -> tuple[Any, int]:
     """The newest intact checkpoint of the folder, or a fresh state, laid out on the mesh."""
-    shapes = jax.eval_shape(init, key, jax.eval_shape(setup.initial))
-    places = None if setup.mesh is None else parallel.state_shardings(shapes, setup.mesh)
+    fresh = lambda key, start: adapting.trained(init(key, start))
+    shapes = jax.eval_shape(fresh, key, jax.eval_shape(setup.initial))
+    places = None if setup.mesh is None else setup.shardings(shapes)
     if checkpoint.steps(folder / runs.CHECKPOINTS):
         if places is not None:
             place = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
             shapes = jax.tree.map(place, shapes, places)
-        return checkpoint.restore(folder / runs.CHECKPOINTS, shapes)
-    state = jax.jit(init)(key, setup.initial())
-    return (state if places is None else jax.device_put(state, places)), 0
+        state, done = checkpoint.restore(folder / runs.CHECKPOINTS, shapes)
+    else:
+        state, done = jax.jit(fresh)(key, setup.initial()), 0
+        state = state if places is None else jax.device_put(state, places)
+    if setup.adapter is None:
+        return state, done
+    base = setup.initial()
+    return adapting.Over(base if places is None else jax.device_put(base, setup.shardings(base)), state), done
 
 
 def _crossed(before: int, after: int, every: int) -> bool:

@@ -1,24 +1,33 @@
 """`jaxrl train grpo`."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 
 from jaxrl.display import Display
-from jaxrl.posttrain import grpo, rewards, task, update
+from jaxrl.posttrain import adapter, grpo, rewards, shared_prefix, task, tools, turns, update
+from jaxrl.posttrain import partial as partial_rollouts
 from jaxrl.posttrain.grpo import GRPOConfig
+from jaxrl.posttrain.partial import PartialConfig
 from jaxrl.posttrain.recipes.common import (
+    Evaluation,
     Outcome,
     RunOptions,
+    Setup,
     answers_by_token,
     drive,
     exact_evaluation,
+    greedy_evaluation,
     marker_id,
     prepare,
     score_texts,
     text_evaluation,
+    with_context,
 )
+from jaxrl.posttrain.rollout import Sampling
 from jaxrl.types import Rollout
 
 
@@ -33,10 +42,44 @@ class GRPORun(RunOptions):
     """Seconds for each part of the reward and call, after which its completions have none; 0 is no limit."""
     reward_normalise: bool = False
     """Normalise each part of the reward within its group, then sum (GDPO); use it with --grpo.scale batch."""
+    tools: str = ""
+    """What the model may call: calculator, path/to/file.py:function, several with commas; empty is no tools."""
+    turns: int = 4
+    """How often the model writes in a completion with tools: one more than the calls it may make."""
+    tool_form: str = "tags"
+    """Form of a call: tags, <tool>47*85</tool>, or hermes, <tool_call>{"name": ..., "arguments": ...}</tool_call>."""
+    segment: int = 0
+    """New tokens of each completion and step at most, the rest in later steps (partial rollouts); 0 is no limit."""
+    loss_on: str = "last"
+    """With a segment: learn from the last of each completion, or from all, weighted as --grpo.importance-cap says."""
+    repetition: int = 0
+    """Longest stretch of tokens which, eight times at the end of a segment, stops a completion; 0 never does."""
+    repetition_penalty: float = 1.0
+    """Taken off the reward of a completion that was stopped so."""
     optimizer: update.OptimizerConfig = dataclasses.field(
         default_factory=lambda: update.OptimizerConfig(learning_rate=5e-5, warmup_steps=10)
     )
     grpo: GRPOConfig = dataclasses.field(default_factory=GRPOConfig)
+
+    def __post_init__(self):
+        if self.tool_form not in FORMS:
+            raise ValueError(f"tool_form is {self.tool_form!r}; expected one of {', '.join(FORMS)}")
+        if self.tools and self.partial is not None:
+            raise ValueError("segment and repetition are for completions in one turn; leave them out, or the tools")
+        if self.partial is not None and self.mesh:
+            raise ValueError("segment and repetition work on one device; leave the mesh out")
+
+    @property
+    def partial(self) -> PartialConfig | None:
+        """Settings of partial rollouts; None where completions are drawn whole and never stopped."""
+        if not self.segment and not self.repetition:
+            return None
+        names = ("segment", "loss_on", "repetition", "repetition_penalty")
+        return PartialConfig(**{name: getattr(self, name) for name in names})
+
+
+FORMS = {"tags": tools.tags, "hermes": lambda named: tools.hermes()}
+"""Forms of a call, by name; `named` where there are several tools."""
 
 
 def train_grpo(run: GRPORun, *, resume: bool = False, display: Display | None = None) -> Outcome:
@@ -52,18 +95,16 @@ def train_grpo(run: GRPORun, *, resume: bool = False, display: Display | None = 
             f"a step takes {run.grpo.prompts} prompts and {run.data} leaves {len(training)} for training "
             f"({len(setup.task.held_out)} are held out); lower --grpo.prompts or --held-out"
         )
-    optimizer = update.make_optimizer(run.optimizer)
-    recipe = grpo.make(
-        run.grpo,
-        setup.model,
-        optimizer,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-        max_grad_norm=run.optimizer.max_grad_norm,
-        constrain=setup.constrain,
-    )
     prompts = task.prompts_of(training, tokenizer)
-    if run.reward or not answers_by_token(setup.task):
+    setup = with_context(setup, _context(run, setup))
+    by_text = bool(run.reward or run.tools) or not answers_by_token(setup.task)
+    recipe = setup.recipe(
+        run,
+        partial(_make, run, setup, prompts.tokens.shape[1]),
+        updates=run.grpo.epochs * run.grpo.minibatches,
+        moving_reference=run.grpo.reference_every > 0,
+    )
+    if by_text:
         reward = (
             rewards.load_reward(run.reward, timeout=run.reward_timeout or None, normalise=run.reward_normalise)
             if run.reward
@@ -74,8 +115,14 @@ def train_grpo(run: GRPORun, *, resume: bool = False, display: Display | None = 
             records = [training[row] for row in rows]
             return score_texts(reward, completions, records, tokenizer, samples=run.grpo.group)
 
-        step, answers = grpo.hosted(recipe, score, run.grpo), None
+        of_ready = partial_rollouts.of_ready(score, group=run.grpo.group)
+        sample, answers = None, None
         evaluation = text_evaluation(setup, max_tokens, reward, exact=not run.reward)
+        if run.tools:
+            talk = _talk(run, setup, run.grpo.sampling, samples=run.grpo.group)
+            sample = turns.sampler(recipe.sample, talk, params_of=adapter.whole, constrain=setup.constrain)
+            evaluation = _evaluation_with_tools(evaluation.name, run, setup, reward)
+        step = grpo.hosted(recipe, score if run.partial is None else of_ready, run.grpo, sample=sample)
     else:
         reward = partial(rewards.exact_answer, marker=marker_id(setup.task))
         step, answers = grpo.fused(recipe, reward, run.grpo), task.answers_of(training, tokenizer)
@@ -83,7 +130,54 @@ def train_grpo(run: GRPORun, *, resume: bool = False, display: Display | None = 
     problems = grpo.Problems(prompts, answers, _difficulty(training) if run.grpo.curriculum_steps else None)
     init = partial(recipe.init, problems=len(training))
     return drive("grpo", run, setup, init, step, problems, evaluation,
-                  max_tokens=max_tokens, jit=answers is not None, resume=resume, display=display)  # fmt: skip
+                  max_tokens=max_tokens, jit=not by_text, resume=resume, display=display)  # fmt: skip
+
+
+def _make(run: GRPORun, setup: Setup, prompt_width: int, model, optimizer, **options) -> grpo.GRPO:
+    """The recipe's functions; with tools, `sample` only asks, and `turns.sampler` goes on."""
+    tokenizer = setup.task.tokenizer
+    ends: dict[str, Any] = {
+        "eos_id": tokenizer.eos_id,
+        "pad_id": tokenizer.pad_id,
+        "stop": task.stops(tokenizer),
+    }
+    plain = grpo.make(run.grpo, model, optimizer, **ends, **options)
+    if run.tools:
+        return plain._replace(sample=turns.asking(run.grpo))
+    if run.partial is None:
+        return plain
+    return partial_rollouts.make(run.partial, run.grpo, plain, model, prompt_width=prompt_width, **ends)
+
+
+def _context(run: GRPORun, setup: Setup) -> int:
+    """Tokens that the model must take."""
+    sides = (setup.task.training, setup.task.held_out)
+    width = max(task.prompts_of(side, setup.task.tokenizer).tokens.shape[1] for side in sides)
+    max_tokens = run.grpo.sampling.max_tokens
+    needed = turns.context(width, max_tokens) if run.tools else partial_rollouts.context(width, max_tokens, run.segment)
+    return max(needed, shared_prefix.row_width(width, max_tokens, run.grpo.group)) if run.grpo.share_prompt else needed
+
+
+def _talk(run: GRPORun, setup: Setup, sampling: Sampling, *, samples: int) -> Callable:
+    tokenizer, found = setup.task.tokenizer, tools.load_tools(run.tools)
+    return turns.make_talk(
+        setup.model,
+        tokenizer,
+        found,
+        sampling=sampling,
+        form=FORMS[run.tool_form](named=len(found) > 1),
+        turns=run.turns,
+        samples=samples,
+        stop=task.stops(tokenizer),
+    )
+
+
+def _evaluation_with_tools(name: str, run: GRPORun, setup: Setup, reward: rewards.Reward) -> Evaluation:
+    """Greedy completions of the held-out problems, which may call the tools."""
+    held_out, tokenizer, max_tokens = setup.task.held_out, setup.task.tokenizer, run.grpo.sampling.max_tokens
+    talk = _talk(run, setup, Sampling(temperature=0.0, max_tokens=max_tokens), samples=1)
+    score = lambda completions: score_texts(reward, completions, held_out, tokenizer, samples=1).values
+    return greedy_evaluation(name, setup, max_tokens, score, generate=lambda *given: talk(*given).rollout)
 
 
 def _difficulty(training: list) -> jnp.ndarray:

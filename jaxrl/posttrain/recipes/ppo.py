@@ -32,7 +32,8 @@ class PPORun(RunOptions):
     reward: str = ""
     """Python reward, path/to/file.py:function; with neither it nor a reward model, answers are compared exactly."""
     reward_model: str = ""
-    """Run folder of `jaxrl train rm` that gives the reward; a separate critic begins as a copy of it."""
+    """Run folder of `jaxrl train rm` that gives the reward; a separate critic begins as a copy of it, but with an
+    adapter, where it is one more adapter on the policy's base."""
     pretraining: str = ""
     """JSONL file for PPO-ptx (`ppo.ptx_coef`), any form that `jaxrl train sft` reads."""
     optimizer: update.OptimizerConfig = dataclasses.field(
@@ -59,6 +60,7 @@ def train_ppo(run: PPORun, *, resume: bool = False, display: Display | None = No
             f"pretraining is {run.pretraining!r} and ppo.ptx_coef {run.ppo.ptx_coef}; PPO-ptx needs both, "
             "a file and a weight above 0, anything else neither"
         )
+    run.adapter.refuse_heads("a critic")
     max_tokens = run.ppo.sampling.max_tokens
     columns = ("prompt",) if run.reward or run.reward_model else ("prompt", "answer")
     setup = prepare(run, columns=columns, max_tokens=max_tokens)
@@ -68,20 +70,22 @@ def train_ppo(run: PPORun, *, resume: bool = False, display: Display | None = No
             f"a step takes {run.ppo.prompts} prompts and {run.data} leaves {len(training)} for training "
             f"({len(setup.task.held_out)} are held out); lower --ppo.prompts or --held-out"
         )
-    judge = _open_judge(run, setup) if run.reward_model else None
-    from_judge = judge is not None and run.ppo.critic == "separate"
-    recipe = ppo.make(
-        run.ppo,
-        setup.model,
-        update.make_optimizer(run.optimizer),
-        critic_optimizer=update.make_optimizer(run.critic_optimizer),
-        critic_model=judge.language_model if judge is not None and from_judge else None,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-        max_grad_norm=run.optimizer.max_grad_norm,
-        constrain=setup.constrain,
+    judge = open_reward_model(run.reward_model, setup) if run.reward_model else None
+    starts_critic = judge is not None and run.ppo.critic == "separate" and setup.adapter is None
+    recipe = setup.recipe(
+        run,
+        partial(
+            ppo.make,
+            run.ppo,
+            critic_optimizer=update.make_optimizer(run.critic_optimizer),
+            critic_model=judge.language_model if judge is not None and starts_critic else None,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+            stop=task.stops(tokenizer),
+        ),
+        updates=run.ppo.epochs * run.ppo.minibatches,
     )
-    init = partial(recipe.init, critic=judge.params) if judge is not None and from_judge else recipe.init
+    init = partial(recipe.init, critic=judge.params) if judge is not None and starts_critic else recipe.init
     data = ppo.Data(task.prompts_of(training, tokenizer), pretraining=_pretraining(run, setup))
     jit = True
     if judge is not None:
@@ -109,13 +113,17 @@ def train_ppo(run: PPORun, *, resume: bool = False, display: Display | None = No
                   max_tokens=max_tokens, jit=jit, resume=resume, display=display)  # fmt: skip
 
 
-def _open_judge(run: PPORun, setup: Setup) -> reward_model.RewardModel:
-    """The reward model, made long enough for this run's texts."""
-    judge = reward_model.load(run.reward_model)
+def open_reward_model(folder: str, setup: Setup) -> reward_model.RewardModel:
+    """A reward model for a policy's completions, made long enough for them.
+
+    Raises:
+      ValueError: no reward model there, or one with another tokenizer.
+    """
+    judge = reward_model.load(folder)
     what = lambda tokenizer: {k: v for k, v in tokenizer.to_json().items() if k != "file"} | {"": tokenizer.vocab_size}
     if what(judge.tokenizer) != what(setup.task.tokenizer):
         raise ValueError(
-            f"the reward model of {run.reward_model} has another tokenizer than the policy, whose ids mean something "
+            f"the reward model of {folder} has another tokenizer than the policy, whose ids mean something "
             "else to it; train both from one model, or with one --tokenizer"
         )
     longest = max(judge.transformer.max_length, setup.transformer.max_length)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl import parallel, runs
+from jaxrl import runs
 from jaxrl.display import Display
 from jaxrl.posttrain import kto, preference, task, update
 from jaxrl.posttrain.kto import KTOConfig
@@ -59,10 +59,7 @@ def train_dpo(run: DPORun, *, resume: bool = False, display: Display | None = No
     )
     enough(run, "pairs", run.dpo.batch, setup)
     setup = with_context(setup, max(pairs.chosen.tokens.shape[1] for pairs in (training, held_out)))
-    optimizer = update.make_optimizer(run.optimizer)
-    recipe = preference.make(
-        run.dpo, setup.model, optimizer, max_grad_norm=run.optimizer.max_grad_norm, constrain=setup.constrain
-    )
+    recipe = setup.recipe(run, partial(preference.make, run.dpo), moving_reference=run.dpo.reference_every > 0)
     data, seen = preference.Referenced(training), preference.Referenced(held_out)
     if run.dpo.needs_reference:
         stored = stored_reference(run, setup, recipe.reference, [(training,), (held_out,)], resume=resume)
@@ -86,13 +83,7 @@ def train_kto(run: KTORun, *, resume: bool = False, display: Display | None = No
     mixed = kto.mismatched(training, seed=run.seed)
     widths = [batch.tokens.shape[1] for batch in (training.examples, held_out.examples, mixed)]
     setup = with_context(setup, max(widths))
-    recipe = kto.make(
-        run.kto,
-        setup.model,
-        update.make_optimizer(run.optimizer),
-        max_grad_norm=run.optimizer.max_grad_norm,
-        constrain=setup.constrain,
-    )
+    recipe = setup.recipe(run, partial(kto.make, run.kto))
     parts = [(training, mixed), (held_out, held_out.examples)]  # what is held out needs no estimate of the KL
     stored = stored_reference(run, setup, recipe.reference, parts, resume=resume)
     data, seen = (
@@ -134,9 +125,9 @@ def stored_reference(
             return {name: jnp.asarray(stored[name]) for name in stored.files}
     if not resume:
         runs.check_new(run.out)
-    params = setup.initial()
+    params = setup.reference()
     if setup.mesh is not None:
-        params = jax.device_put(params, parallel.state_shardings(params, setup.mesh))
+        params = jax.device_put(params, setup.shardings(params))
     found, program = {}, jax.jit(lambda params, part: _own_fields(reference(params, *part)))
     for name, part in zip(("training", "held_out"), parts, strict=True):
         found |= {f"{name}_{field}": np.asarray(values) for field, values in program(params, part).items()}

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ from jaxrl.data.sources import Record
 from jaxrl.data.tokenizer import Tokenizer
 from jaxrl.display import Display
 from jaxrl.posttrain import reward_model, task, update
+from jaxrl.posttrain.adapter import whole
 from jaxrl.posttrain.recipes.common import Evaluation, Outcome, RunOptions, drive, prepare, with_context
 from jaxrl.posttrain.recipes.preference import enough, pair_evaluation
 from jaxrl.posttrain.reward_model import Calibration, RMConfig, Steps
@@ -44,6 +46,7 @@ def train_rm(run: RMRun, *, resume: bool = False, display: Display | None = None
     `reliability.png`; `summary.json` the calibration error. `reward_model.load` opens the model again.
     """
     run = dataclasses.replace(run, out=run.out or "runs/rm")
+    run.adapter.refuse_heads("a reward model")
     process = run.rm.kind == "process"
     columns = ("prompt", "completions", "labels") if process else ("chosen", "rejected")
     setup = prepare(run, columns=columns, max_tokens=1)
@@ -57,13 +60,7 @@ def train_rm(run: RMRun, *, resume: bool = False, display: Display | None = None
         width = max(part.chosen.tokens.shape[1] for part in (training, held_out))
     setup = with_context(setup, width)
     model = setup.model
-    recipe = reward_model.make(
-        run.rm,
-        model,
-        update.make_optimizer(run.optimizer),
-        max_grad_norm=run.optimizer.max_grad_norm,
-        constrain=setup.constrain,
-    )
+    recipe = setup.recipe(run, partial(reward_model.make, run.rm))
     if isinstance(held_out, Steps):
         scores = jax.jit(lambda params: reward_model.token_scores(model, params, held_out.examples))
         evaluation = _step_evaluation(setup.task.held_out, held_out, scores)
@@ -74,7 +71,7 @@ def train_rm(run: RMRun, *, resume: bool = False, display: Display | None = None
         differences = margins
     outcome = drive("rm", run, setup, recipe.init, recipe.step, training, evaluation,
                     max_tokens=1, resume=resume, display=display)  # fmt: skip
-    measured = reward_model.calibration(differences(outcome.state.params))
+    measured = reward_model.calibration(differences(whole(outcome.state)))
     runs.write_json(outcome.folder / RELIABILITY, measured._asdict())
     reliability_plot(measured, outcome.folder / "reliability.png", title=f"reward model on {run.data}")
     summary = {**outcome.summary, "calibration_error": measured.error}

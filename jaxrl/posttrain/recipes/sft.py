@@ -1,10 +1,11 @@
 """`jaxrl train sft`."""
 
 import dataclasses
+from functools import partial
 
 from jaxrl.data.records import encode_examples
 from jaxrl.display import Display
-from jaxrl.posttrain import sft, update
+from jaxrl.posttrain import sft
 from jaxrl.posttrain.recipes.common import Outcome, RunOptions, drive, exact_evaluation, prepare, with_context
 from jaxrl.posttrain.sft import SFTConfig
 
@@ -41,10 +42,7 @@ def train_sft(run: SFTRun, *, resume: bool = False, display: Display | None = No
         fate = {"drop": "dropped", "cut": "cut"}[run.sft.overlong]
         (display or Display()).note(f"{overlong} examples are longer than {run.sft.width} tokens and were {fate}")
     setup = with_context(setup, examples.tokens.shape[1])
-    optimizer = update.make_optimizer(run.optimizer)
-    recipe = sft.make(
-        run.sft, setup.model, optimizer, max_grad_norm=run.optimizer.max_grad_norm, constrain=setup.constrain
-    )
+    recipe = setup.recipe(run, partial(sft.make, run.sft))
     evaluation = None
     if all("answer" in record and "prompt" in record for record in setup.task.held_out):
         evaluation = exact_evaluation(setup, run.max_tokens)
