@@ -3,7 +3,7 @@
     python benchmarks/kimi/run.py --seed 0    # adds a seed to results.json, then writes results.md and curves.png
     python benchmarks/kimi/run.py --redraw    # table and figure from results.json
 
-The task is the sum of four digits modulo 10 with its partial sums (`jaxrl.posttrain.recipes.digit_sums`). The base
+The task is the sum of four digits modulo 10 with its partial sums (`jaxrl.data.digit_sums`). The base
 model is fine-tuned on workings that say each step one to three times, `3518:` -> `s8s8s9s7s7s7=7`, and stopped early.
 Each arm starts from it: mirror descent as `recipes.KIMI_RUN` has it, without and with the length reward; GRPO the same;
 and Kimi's long2short: tuning on the shortest right answer of eight, DPO on pairs by length, averaging the weights of
@@ -21,13 +21,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxrl.data.digit_sums import ALPHABET, MARKER, digit_sums
 from jaxrl.data.split import split_by_problem
 from jaxrl.data.tokenizer import CharTokenizer
 from jaxrl.nets.language_model import language_model
 from jaxrl.nets.transformer import TransformerConfig
 from jaxrl.posttrain import grpo, long2short, preference, rewards, sft, task, update
 from jaxrl.posttrain.preference import DPOConfig
-from jaxrl.posttrain.recipes.digit_sums import ALPHABET, MARKER, digit_sums
 from jaxrl.posttrain.recipes.kimi import KIMI_RUN
 from jaxrl.posttrain.rollout import Sampling
 

@@ -10,10 +10,10 @@ import pytest
 
 from jaxrl import checkpoint, runs
 from jaxrl.data import sources
+from jaxrl.data.digit_sums import digit_sums, worked
 from jaxrl.posttrain import recipes
 from jaxrl.posttrain.grpo import GRPOConfig
 from jaxrl.posttrain.recipes import r1
-from jaxrl.posttrain.recipes.digit_sums import digit_sums, worked
 from jaxrl.posttrain.recipes.r1 import R1Run, Steps, train_r1
 from jaxrl.posttrain.rollout import Sampling
 from jaxrl.posttrain.sft import SFTConfig

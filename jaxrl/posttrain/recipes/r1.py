@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxrl import config, runs
+from jaxrl.data.digit_sums import ALPHABET, MARKER, digit_sums, worked
 from jaxrl.data.sources import Record
 from jaxrl.data.split import split_by_problem
 from jaxrl.display import Display
@@ -21,7 +22,6 @@ from jaxrl.posttrain import long2short, rewards, task, update
 from jaxrl.posttrain.distill import DistillConfig
 from jaxrl.posttrain.grpo import GRPOConfig
 from jaxrl.posttrain.recipes.common import ModelConfig, RunOptions
-from jaxrl.posttrain.recipes.digit_sums import ALPHABET, MARKER, digit_sums, worked
 from jaxrl.posttrain.recipes.distill import DistillRun, train_distill
 from jaxrl.posttrain.recipes.grpo import GRPORun, train_grpo
 from jaxrl.posttrain.recipes.sft import SFTRun, train_sft
