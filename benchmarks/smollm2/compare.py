@@ -58,14 +58,17 @@ def main():
         libraries = [(options.python, "ours.py", options.model), (options.trl_python, "with_trl.py", options.model)]
         if task == "generate" and options.llama_python:
             libraries.append((options.llama_python, "with_llama.py", options.gguf))
+        if task == "grpo":
+            libraries.append((options.python, "ours.py --share-prompt", options.model))
         runs: dict[str, list[dict]] = {}
         for _ in range(options.rounds):
-            for python, script, model in libraries:
-                command = [python, str(HERE / script), task, "--model", model, "--steps", str(options.steps)]
-                runs.setdefault(script, []).append(
+            for python, call, model in libraries:
+                script, *flags = call.split()
+                command = [python, str(HERE / script), task, "--model", model, "--steps", str(options.steps), *flags]
+                runs.setdefault(call, []).append(
                     turns.measure(command, environment=turns.ONE_THREAD, cores=turns.cores())
                 )
-                print(json.dumps(runs[script][-1]), flush=True)
+                print(json.dumps(runs[call][-1]), flush=True)
         results += [summary(rows) for rows in runs.values()]
     about = turns.about(rounds=options.rounds, steps=options.steps, environment=turns.ONE_THREAD)
     turns.write(options.out, about, results, table(results))

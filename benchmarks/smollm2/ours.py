@@ -53,7 +53,8 @@ def main():
         return finish(options, watch.laps[1:], counted)
 
     if options.task == "grpo":
-        config = grpo.GRPOConfig(prompts=work.PROMPTS, group=work.GROUP, kl_coef=work.BETA, sampling=sampling)
+        sizes = {"prompts": work.PROMPTS, "group": work.GROUP, "share_prompt": options.share_prompt}
+        config = grpo.GRPOConfig(**sizes, kl_coef=work.BETA, sampling=sampling)
         run = grpo.make(config, model, optimizer, eos_id=never, pad_id=0)
         step, data = grpo.fused(run, reward, config), grpo.Problems(prompts, None)
         state = jax.jit(run.init)(jax.random.key(0), opened.params)
@@ -85,7 +86,8 @@ def main():
 
 def finish(options, laps, tokens):
     """Reports."""
-    work.report("jaxrl", options, laps, tokens=tokens, versions={name: version(name) for name in ("jax", "flax")})
+    library = "jaxrl, shared prompt" if options.share_prompt else "jaxrl"
+    work.report(library, options, laps, tokens=tokens, versions={name: version(name) for name in ("jax", "flax")})
 
 
 if __name__ == "__main__":

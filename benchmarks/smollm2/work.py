@@ -57,6 +57,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--model", type=Path, required=True, help="folder from `jaxrl export smollm2-135m`, or .gguf")
     parser.add_argument("--steps", type=int, default=3, help="measured steps")
+    parser.add_argument(
+        "--share-prompt", action="store_true", help="jaxrl, grpo: learn with a prompt read once a group"
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "gpu"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     return parser.parse_args()
