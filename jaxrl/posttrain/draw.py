@@ -53,6 +53,18 @@ def problems(
     return jax.lax.top_k(scores + jax.random.gumbel(key, (number,)), batch)[1].astype(jnp.int32)
 
 
+def rows_of(config: Any, state: update.TrainState, data: Any) -> jax.Array:
+    """The next batch as a `GRPOConfig` wants it: rows of the `grpo.Problems`."""
+    return problems(
+        state,
+        data.difficulty,
+        batch=config.prompts,
+        number=data.prompts.tokens.shape[0],
+        prioritised=config.prioritised,
+        curriculum_steps=config.curriculum_steps,
+    )
+
+
 def record(success: jax.Array, rows: jax.Array, rewards: jax.Array, *, solved: float, rate: float = 0.5) -> jax.Array:
     """Success rates after an iteration: an exponential mean of the share of a group that solved the problem.
 

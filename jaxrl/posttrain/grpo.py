@@ -191,14 +191,7 @@ def make(
         return update.init_state(params, optimizer, key, reference=reference, success=success)
 
     def sample(state, problems: Problems):
-        rows = draw.problems(
-            state,
-            problems.difficulty,
-            batch=config.prompts,
-            number=problems.prompts.tokens.shape[0],
-            prioritised=config.prioritised,
-            curriculum_steps=config.curriculum_steps,
-        )
+        rows = draw.rows_of(config, state, problems)
         completions = complete(
             model,
             state.params,

@@ -139,14 +139,7 @@ def make(
     def refilled(state, problems) -> tuple[Buffer, jax.Array]:
         """New problems in the places that are free; and batches drawn."""
         buffer, free = state.buffer, _ready(state.buffer, group)
-        fresh = draw.problems(
-            state,
-            problems.difficulty,
-            batch=places,
-            number=problems.prompts.tokens.shape[0],
-            prioritised=config.prioritised,
-            curriculum_steps=config.curriculum_steps,
-        )
+        fresh = draw.rows_of(config, state, problems)
         number = buffer.taken + jnp.cumsum(free) - 1
         rows = jnp.where(free, jnp.concatenate([buffer.queue, fresh])[number], buffer.rows)
         taken = buffer.taken + free.sum(dtype=jnp.int32)

@@ -161,14 +161,7 @@ def asking(config) -> Callable:
     """
 
     def ask(state, problems):
-        rows = draw.problems(
-            state,
-            problems.difficulty,
-            batch=config.prompts,
-            number=problems.prompts.tokens.shape[0],
-            prioritised=config.prioritised,
-            curriculum_steps=config.curriculum_steps,
-        )
+        rows = draw.rows_of(config, state, problems)
         key = jax.random.fold_in(jax.random.fold_in(state.key, (1 << 30) + 3), state.drawn)
         prompts = jax.tree.map(lambda x: x[rows], problems.prompts)
         return dataclasses.replace(state, drawn=state.drawn + 1), prompts, rows, key

@@ -78,6 +78,17 @@ def test_update_is_the_policy_gradient(model, params, problems):
     assert metrics["sampler/log_prob_gap"] < 1e-5
 
 
+def test_slots_learn_from_the_policys_own_completions(model, params, problems):
+    """Two prompts' worth of places for four prompts: every completion is the policy's, and none is missing."""
+    recipe, step = build(model, dataclasses.replace(SMALL, slots=8))
+    state = recipe.init(jax.random.key(0), params)
+    _, rollout, _ = jax.jit(recipe.sample)(state, problems)
+    assert (rollout.lengths >= 1).all() and rollout.tokens.shape[0] == 16
+    after, metrics = jax.jit(step)(state, problems)
+    assert metrics["sampler/log_prob_gap"] < 1e-5 and metrics["train/grad_norm"] > 0
+    assert max(float(np.abs(x).max()) for x in jax.tree.leaves(change(state, after))) > 0
+
+
 def test_python_reward_gives_the_same_run(model, params, problems):
     """The host loop and the one-program iteration end with the same parameters after three steps."""
     recipe, step = build(model, SMALL)
@@ -341,6 +352,7 @@ def test_problems_are_prioritised_by_success(model, params, problems):
         ),
         ({"prompts": 4, "minibatches": 2, "micro_batches": 4, "share_prompt": True}, "must divide the 2 prompts"),
         ({"epochs": 0}, "epochs is 0; expected at least 1"),
+        ({"slots": -1}, "slots is -1; expected 0"),
         ({"kl": "k4"}, "kl is 'k4'; expected one of k1, k2, k3, k3_ratio"),
         ({"scale": "max"}, "scale is 'max'; expected one of std, none, batch"),
         ({"reduction": "mean"}, "reduction is 'mean'; expected one of tokens"),
@@ -352,6 +364,7 @@ def test_bad_configs_are_refused(options, message):
 
 
 def test_own_values_override_the_variant():
+    assert grpo.GRPOConfig(variant="kimi", tau=0.5).row.tau == 0.5
     row = grpo.GRPOConfig(variant="dapo", clip_high=0.5, kl_coef=0.1, kl="k2").row
     assert (row.clip_low, row.clip_high, row.kl_coef, row.kl, row.reduction) == (0.2, 0.5, 0.1, "k2", "tokens")
 

@@ -320,6 +320,7 @@ def test_a_run_with_a_python_reward(tmp_path):
     ("options", "message"),
     [
         ({"segment": 4, "tools": "calculator"}, "segment and repetition are for completions in one turn"),
+        ({"segment": 4, "grpo": grpo.GRPOConfig(slots=2)}, "grpo.slots takes completions drawn whole"),
         ({"repetition": 4, "mesh": "data=2"}, "work on one device"),
         ({"tool_form": "xml"}, "tool_form is 'xml'; expected one of tags, hermes"),
         ({"segment": 4, "loss_on": "first"}, "loss_on is 'first'"),

@@ -66,6 +66,8 @@ class GRPORun(RunOptions):
             raise ValueError(f"tool_form is {self.tool_form!r}; expected one of {', '.join(FORMS)}")
         if self.tools and self.partial is not None:
             raise ValueError("segment and repetition are for completions in one turn; leave them out, or the tools")
+        if self.grpo.slots and (self.tools or self.partial is not None):
+            raise ValueError("grpo.slots takes completions drawn whole in one turn; leave it or tools and segment out")
         if self.partial is not None and self.mesh:
             raise ValueError("segment and repetition work on one device; leave the mesh out")
 
