@@ -218,10 +218,12 @@ def answers_by_token(work: task.Task) -> bool:
 
 
 def marker_id(work: task.Task) -> int | None:
+    """The marker's token; None without a marker, or where it is no single token."""
     return work.tokenizer.token_id(work.marker) if work.marker else None
 
 
 def exact_evaluation(setup: Setup, max_tokens: int) -> Evaluation:
+    """Share of held-out problems whose greedy completion ends in the right answer."""
     if not answers_by_token(setup.task):
         return text_evaluation(setup, max_tokens, partial(rewards.exact_text, marker=setup.task.marker), exact=True)
     held_out, tokenizer = setup.task.held_out, setup.task.tokenizer
@@ -231,6 +233,7 @@ def exact_evaluation(setup: Setup, max_tokens: int) -> Evaluation:
 
 
 def text_evaluation(setup: Setup, max_tokens: int, reward: rewards.Reward, *, exact: bool) -> Evaluation:
+    """Mean Python reward of greedy completions of the held-out problems; `exact`: it is an accuracy."""
     held_out, tokenizer = setup.task.held_out, setup.task.tokenizer
     score = lambda completions: score_texts(reward, completions, held_out, tokenizer, samples=1).values
     return greedy_evaluation("eval/accuracy" if exact else "eval/reward", setup, max_tokens, score)
@@ -239,7 +242,14 @@ def text_evaluation(setup: Setup, max_tokens: int, reward: rewards.Reward, *, ex
 def greedy_evaluation(
     name: str, setup: Setup, max_tokens: int, score: Callable, *, generate: Callable | None = None
 ) -> Evaluation:
-    """`generate`: `(params, prompts, key) -> Rollout`, greedy; None is the plain sampler."""
+    """Mean score of greedy completions of the held-out problems.
+
+    Args:
+      name: of the metric.
+      setup, max_tokens: model, problems, and the width of a completion.
+      score: `(Rollout on the host) -> [N]` numbers, NaN where there is none.
+      generate: `(params, prompts, key) -> Rollout`; None is the plain sampler.
+    """
     prompts = task.prompts_of(setup.task.held_out, setup.task.tokenizer)
     greedy = Sampling(temperature=0.0, max_tokens=max_tokens)
     generate = generate or task.make_generate(setup.model, setup.task.tokenizer, greedy)

@@ -16,6 +16,7 @@ _generated: tuple[bytes, ...] = ()
 
 
 def main() -> None:
+    """Answers pickled calls on the standard input by JSON lines, until it ends."""
     global _guarded, _generated
     settings = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
