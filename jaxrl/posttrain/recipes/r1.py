@@ -44,7 +44,7 @@ class Steps:
     reasoning: int = 40
     sft2: int = 300
     all: int = 30
-    distil: int = 800
+    distil: int = 4000
     distil_on_policy: int = 100
 
 
