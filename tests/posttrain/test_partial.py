@@ -162,6 +162,18 @@ def test_groups_are_learnt_from_when_they_have_ended(history, model):
     assert {0.0, 0.5} <= set(shares)
 
 
+def test_a_shared_prompt_teaches_the_same(history, model, problems):
+    """From the states and completions of the run above, where some groups are ready and others are not."""
+    _, recipe = build(model, {"segment": 3, "loss_on": "last"}, dataclasses.replace(CONFIG, share_prompt=True))
+    learn, learnt = jax.jit(recipe.learn), 0
+    for _, drawn, made, metrics, after in history:
+        scores = share_of_even_tokens(made, jnp.repeat(problems.answers[drawn.buffer.rows], 3))
+        shared, _ = learn(drawn, made, scores)
+        jax.tree.map(bind(np.testing.assert_allclose, atol=2e-5), shared.params, after.params)
+        learnt += bool(metrics["train/grad_norm"] > 1e-3)
+    assert learnt > 1
+
+
 def test_all_segments_are_weighted_by_their_log_probs(model, params, problems):
     """With loss_on=all, an older segment's tokens count with pi / mu of the stored log-probs."""
     config = dataclasses.replace(CONFIG, importance_cap=100.0, variant="dapo")

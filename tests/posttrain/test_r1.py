@@ -69,7 +69,7 @@ def test_all_stages_run(whole, run):
     saved = json.loads((whole.folder / "summary.json").read_text())
     assert saved["stages"] == whole.summary["stages"] and saved["kind"] == "r1" and saved["versions"]
     lines = r1.next_steps(whole.folder).splitlines()
-    assert lines[0] == f"jaxrl chat {whole.folder}/distil" and "--resume" in lines[-1]
+    assert lines[0] == f"jaxrl chat {whole.folder}/distill" and "--resume" in lines[-1]
 
 
 def test_what_is_learnt_from_is_right_clean_and_not_held_out(whole):
@@ -91,7 +91,7 @@ def test_killed_inside_a_stage_and_between_two_it_ends_alike(whole, run, folder)
     """Back in the middle of sft2, its later checkpoint and all that follows lost."""
     shutil.copytree(whole.folder, folder / "killed")
     killed = folder / "killed"
-    for name in ("all", "distil", "distil_on_policy"):
+    for name in ("all", "distill", "distill_on_policy"):
         shutil.rmtree(killed / name)
     for file in ("summary.json", "sft2/summary.json", "sft2/measured.json"):
         (killed / file).unlink()
@@ -161,12 +161,12 @@ def test_each_stage_begins_where_it_should(recorded, tmp_path):
     }
     for name, start in starts.items():
         assert made[name].init == (place(start) if start else ""), name
-    assert (made["distil"].init, made["distil"].tokenizer, made["distil"].marker) == ("", "char:ab", "#")
-    assert (made["distil_on_policy"].teacher, made["distil_on_policy"].init) == (place("all"), place("distil"))
+    assert (made["distill"].init, made["distill"].tokenizer, made["distill"].marker) == ("", "char:ab", "#")
+    assert (made["distill_on_policy"].teacher, made["distill_on_policy"].init) == (place("all"), place("distill"))
     assert "language" not in made["zero"].reward and made["zero"].reward.startswith("exact(marker='=') + 0.2*format(")
     assert made["reasoning"].reward == made["all"].reward == f"{made['zero'].reward} + 0.2*language(language=en)"
     records = place("rejection") + "/records.jsonl"
-    assert made["sft2"].data == f"{records},{other}" and made["distil"].data == records
+    assert made["sft2"].data == f"{records},{other}" and made["distill"].data == records
     assert made["all"].data == f"{place('data')}/training.jsonl,{more}"
     assert len({options.seed for options in made.values()}) == len(made)
     assert made["base"].optimizer.decay_steps == made["base"].steps == 800
@@ -206,7 +206,7 @@ def test_what_cannot_work_is_refused(recorded, tmp_path):
         with pytest.raises(ValueError, match=message):
             train_r1(dataclasses.replace(R1Run(out=str(out), stages="zero"), **change))
     needed = {"cold_start": "zero", "reasoning": "cold_start", "rejection": "reasoning", "sft2": "rejection"}
-    needed |= {"all": "sft2", "distil": "rejection", "distil_on_policy": "all"}
+    needed |= {"all": "sft2", "distill": "rejection", "distill_on_policy": "all"}
     for name, need in needed.items():
         with pytest.raises(ValueError, match=f"stage {name} needs {need}, which .* --stages .*{need}.*,{name}"):
             train_r1(R1Run(out=str(out), stages=name))

@@ -28,7 +28,7 @@ from jaxrl.posttrain.recipes.sft import SFTRun, train_sft
 from jaxrl.posttrain.rollout import Sampling
 from jaxrl.posttrain.sft import SFTConfig
 
-STAGES = ("zero", "cold_start", "reasoning", "rejection", "sft2", "all", "distil", "distil_on_policy")
+STAGES = ("zero", "cold_start", "reasoning", "rejection", "sft2", "all", "distill", "distill_on_policy")
 """In the order in which they are run."""
 
 TOY = "digit_sums"
@@ -44,16 +44,16 @@ class Steps:
     reasoning: int = 40
     sft2: int = 300
     all: int = 30
-    distil: int = 4000
-    distil_on_policy: int = 100
+    distill: int = 4000
+    distill_on_policy: int = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class R1Run:
     """DeepSeek-R1: zero, cold start, reasoning, rejection sampling, a second SFT, RL on everything, students."""
 
-    stages: str = "zero,cold_start,reasoning,rejection,sft2,all,distil"
-    """Which to run, of zero, cold_start, reasoning, rejection, sft2, all, distil, distil_on_policy."""
+    stages: str = "zero,cold_start,reasoning,rejection,sft2,all,distill"
+    """Which to run, of zero, cold_start, reasoning, rejection, sft2, all, distill, distill_on_policy."""
     data: str = TOY
     """JSONL with prompt and answer, or digit_sums: made-up problems that need no file."""
     init: str = ""
@@ -133,8 +133,8 @@ def train_r1(run: R1Run, *, resume: bool = False, display: Display | None = None
 
     zero: GRPO on the base model, accuracy + format. cold_start: SFT of the base model on short clean completions.
     reasoning: GRPO on it, accuracy + format + language. rejection: its right and clean completions as records. sft2:
-    SFT of the base model on them and on `other`. all: GRPO on that, on all prompts. distil: SFT of a smaller model on
-    the records. distil_on_policy: that student graded by the model of `all`.
+    SFT of the base model on them and on `other`. all: GRPO on that, on all prompts. distill: SFT of a smaller model on
+    the records. distill_on_policy: that student graded by the model of `all`.
 
     A stage whose folder has a `summary.json` is skipped, one with checkpoints goes on from there; so the same call
     continues a killed pipeline, and other `stages` add to it.
@@ -210,8 +210,8 @@ def _needs(run: R1Run, name: str) -> tuple[str, ...]:
         "rejection": ("reasoning",),
         "sft2": ("rejection",),
         "all": ("sft2",),
-        "distil": ("rejection",),
-        "distil_on_policy": ("all", "distil"),
+        "distill": ("rejection",),
+        "distill_on_policy": ("all", "distill"),
     }.get(name, ())
 
 
@@ -263,7 +263,7 @@ def _run_stage(run: R1Run, name: str, view: Display) -> None:
         data = ",".join(filter(None, [file("training"), run.all_data]))
         reward = run.all_reward or shaped
         options = GRPORun(**common, **reinforced, init=str(folder / "sft2"), data=data, reward=reward)
-    elif name == "distil":
+    elif name == "distill":
         data = str(folder / "rejection" / "records.jsonl")
         known = {} if run.student else {"model": run.student_model, **_reads(folder / "reasoning")}
         train, options = train_sft, SFTRun(
@@ -272,7 +272,7 @@ def _run_stage(run: R1Run, name: str, view: Display) -> None:
     else:
         graded = DistillConfig(prompts=run.grpo.prompts, beta=1.0, sampling=run.grpo.sampling)
         train, options = train_distill, DistillRun(
-            **common, distill=graded, teacher=str(folder / "all"), init=str(folder / "distil"), held_out=64,
+            **common, distill=graded, teacher=str(folder / "all"), init=str(folder / "distill"), held_out=64,
             data=file("training"), optimizer=run.rl_optimizer,
         )  # fmt: skip
     assert isinstance(options, RunOptions)
