@@ -6,20 +6,68 @@ Every device steps its share of the environments and learns from them with the s
 statistics, KL and metrics) are averaged over the axis `data`. The state is that of one device with all the
 environments: what is of an environment lies on its device, the rest on every device, so that checkpoints open on any
 number of devices.
+
+`spread` is for every agent, and leaves the dividing of its step to the compiler; `shard` and `pmap` are for agents that
+learn from what they just did, and divide it by hand.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl.agents.agent import Agent
 from jaxrl.agents.on_policy import State
 from jaxrl.envs.env import Env
 
 AXIS = "data"
+
+
+def spread(make: Callable, config: Any, env: Env, mesh: Mesh, **options: Any) -> Agent:
+    """Any agent, its environments and what it remembers of them divided over a mesh by the compiler.
+
+    Minibatches that are drawn from a memory are divided too. Random numbers and results are those of one device.
+
+    Args:
+      make: of an agent.
+      config: `envs` is the number of environments on all devices together.
+      env: as `make` takes it.
+      mesh: with an axis `data`; others take no part.
+      options: handed to `make`.
+
+    Raises:
+      ValueError: environments or minibatches that do not divide over the devices.
+    """
+    parts = mesh.shape[AXIS]
+    for name, size in (("envs", config.envs), ("batch", getattr(config, "batch", parts))):
+        if size % parts:
+            raise ValueError(f"{name} is {size}, expected a multiple of the {parts} devices of axis {AXIS!r}")
+
+    def lay(x, *axes):
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    if "constrain" in inspect.signature(make).parameters:
+        options["constrain"] = lambda batch: jax.tree.map(lambda x: lay(x, None, AXIS), batch)
+    agent = make(config, env, **options)
+    doubled = {name: 2 * getattr(config, name) for name in ("envs", "capacity", "warmup") if hasattr(config, name)}
+    twice = make(dataclasses.replace(config, **doubled), env, **options)
+
+    def place(x, other):
+        """A dimension that doubles with the environments is theirs."""
+        grown = [i for i, (n, m) in enumerate(zip(x.shape, other.shape, strict=True)) if m == 2 * n]
+        return lay(x, *[AXIS if i in grown[:1] else None for i in range(x.ndim)])
+
+    def placed(state):
+        return jax.tree.map(place, state, jax.eval_shape(twice.init, jax.random.key(0)))
+
+    def step(state, data=None):
+        state, metrics = agent.step(placed(state), data)
+        return placed(state), metrics
+
+    return agent._replace(init=lambda key: placed(agent.init(key)), step=step)
 
 
 def shard(make: Callable, config: Any, env: Env, mesh: Mesh, **networks: Any) -> Agent:

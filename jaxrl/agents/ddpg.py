@@ -10,6 +10,7 @@ the critic's first layer; no batch normalisation, no weight decay. A truncated e
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -67,8 +68,14 @@ class DDPGConfig:
     """Features of the hidden layers."""
 
 
-def make(config: DDPGConfig, env: Env, *, memory: replay.Memory | None = None) -> Agent:
-    """The agent; `memory` is uniform replay if not given."""
+def make(
+    config: DDPGConfig,
+    env: Env,
+    *,
+    memory: replay.Memory | None = None,
+    constrain: Callable = lambda batch: batch,
+) -> Agent:
+    """The agent; `memory` is uniform replay if not given, `constrain` as in `replay.make`."""
     continuous.check("ddpg", env)
     critics = continuous.critics(env, count=config.critics, sizes=config.hidden)
     actor = continuous.deterministic_actor(env, sizes=config.hidden)
@@ -137,7 +144,7 @@ def make(config: DDPGConfig, env: Env, *, memory: replay.Memory | None = None) -
         return replay.over_minibatches(update, learnt, batch, noise)
 
     learner = replay.Learner(init, explore, uniform, noise, learn, act, config.hold)
-    return replay.make(env, learner, config, memory or replay.uniform(config.n_step))
+    return replay.make(env, learner, config, memory or replay.uniform(config.n_step), constrain=constrain)
 
 
 def smoothed(action: jax.Array, noise: jax.Array, *, std: jax.Array | float, clip: jax.Array | float) -> jax.Array:

@@ -9,6 +9,7 @@ Deviation: Adam in place of plain gradient steps.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from jaxrl.agents import ddpg, replay
@@ -36,8 +37,8 @@ class DPGConfig:
     """Features of the hidden layers."""
 
 
-def make(config: DPGConfig, env: Env) -> Agent:
-    """The agent."""
+def make(config: DPGConfig, env: Env, *, constrain: Callable = lambda batch: batch) -> Agent:
+    """The agent; `constrain` as in `replay.make`."""
     own: dict[str, Any] = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     own |= {"batch": config.envs, "capacity": config.envs, "warmup": config.envs, "target_rate": 1.0}
-    return ddpg.make(ddpg.DDPGConfig(**own), env, memory=replay.latest())
+    return ddpg.make(ddpg.DDPGConfig(**own), env, memory=replay.latest(), constrain=constrain)

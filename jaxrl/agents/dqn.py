@@ -12,6 +12,7 @@ bootstraps.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -82,8 +83,14 @@ class DQNConfig:
     """Features of the hidden layers."""
 
 
-def make(config: DQNConfig, env: Env, *, network: networks.Network | None = None) -> Agent:
-    """The agent; `network` maps observations to values [..., A] (default: an MLP)."""
+def make(
+    config: DQNConfig,
+    env: Env,
+    *,
+    network: networks.Network | None = None,
+    constrain: Callable = lambda batch: batch,
+) -> Agent:
+    """The agent; `network` maps observations to values [..., A] (default: an MLP), `constrain` as `replay.make`."""
     if not isinstance(env.action_space, Discrete):
         raise ValueError(f"dqn needs discrete actions, {env.name} has {env.action_space}; use ddpg, td3 or sac")
     network = network or q_network(config, env)
@@ -144,7 +151,8 @@ def make(config: DQNConfig, env: Env, *, network: networks.Network | None = None
     memory = replay.uniform(config.n_step)
     if config.prioritised:
         memory = replay.proportional(config.n_step, alpha=config.alpha, beta=config.beta)
-    return replay.make(env, replay.Learner(init, explore, uniform, lambda key: (), learn, act), config, memory)
+    learner = replay.Learner(init, explore, uniform, lambda key: (), learn, act)
+    return replay.make(env, learner, config, memory, constrain=constrain)
 
 
 def td_errors(q_tm1: jax.Array, batch: Batch, q_value: jax.Array, q_selector: jax.Array) -> jax.Array:

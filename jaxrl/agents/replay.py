@@ -171,7 +171,9 @@ class State(NamedTuple):
         return self.learnt.params
 
 
-def make(env: Env, learner: Learner, config: Config, memory: Memory) -> Agent:
+def make(
+    env: Env, learner: Learner, config: Config, memory: Memory, *, constrain: Callable = lambda batch: batch
+) -> Agent:
     """An agent from its learner.
 
     Args:
@@ -179,6 +181,7 @@ def make(env: Env, learner: Learner, config: Config, memory: Memory) -> Agent:
       learner: see `Learner`.
       config: sizes of a round and of the memory.
       memory: `uniform` or `proportional`. Priorities change once a round, after its updates.
+      constrain: puts a `Batch`, leaves [U, B, ...], onto a mesh (`anakin.spread`); the identity on one device.
 
     Raises:
       ValueError: sizes that do not fit each other, or an environment with action masks.
@@ -201,7 +204,8 @@ def make(env: Env, learner: Learner, config: Config, memory: Memory) -> Agent:
         items, weights, index = memory.draw(buffer, key, config.updates * config.batch)
         collapse = jax.vmap(lambda sequence: n_step_transition(sequence, discount=config.discount))
         batch = Batch(*collapse(items), weights)
-        return jax.tree.map(lambda x: x.reshape(config.updates, config.batch, *x.shape[1:]), batch), index
+        batch = jax.tree.map(lambda x: x.reshape(config.updates, config.batch, *x.shape[1:]), batch)
+        return constrain(batch), index
 
     def noise_keys(key, base, before):
         if learner.hold == 1:

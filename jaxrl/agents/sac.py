@@ -93,8 +93,8 @@ class Soft(NamedTuple):
     target_entropy: float
 
 
-def make(config: SACConfig, env: Env) -> Agent:
-    """The agent."""
+def make(config: SACConfig, env: Env, *, constrain: Callable = lambda batch: batch) -> Agent:
+    """The agent; `constrain` as in `replay.make`."""
     soft = discrete(config, env) if isinstance(env.action_space, Discrete) else gaussian(config, env)
     target_entropy = soft.target_entropy if config.target_entropy is None else config.target_entropy
     optimizers = {
@@ -163,7 +163,7 @@ def make(config: SACConfig, env: Env) -> Agent:
         return replay.over_minibatches(update, learnt, batch, noise)
 
     learner = replay.Learner(init, explore, uniform, noise, learn, act, config.hold)
-    return replay.make(env, learner, config, replay.uniform(config.n_step))
+    return replay.make(env, learner, config, replay.uniform(config.n_step), constrain=constrain)
 
 
 def gaussian(config: SACConfig, env: Env) -> Soft:
