@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxrl.kernels.platform import platform
+
 IMPLEMENTATIONS = ("chunked", "recurrent")
 CHUNK = 64  # tokens; on CPU 64 takes the least processor time of 16 .. 256 with no decay or one per head,
 CHUNK_BY_CHANNEL = 32  # and 32 with a decay per channel;
@@ -151,7 +153,7 @@ def linear_attention_step(
 
 def _best_chunk(decay) -> int:
     if decay is None:
-        return CHUNK if jax.default_backend() in ONE_BY_ONE else CHUNK_SIDE_BY_SIDE
+        return CHUNK if platform() in ONE_BY_ONE else CHUNK_SIDE_BY_SIDE
     return CHUNK_BY_CHANNEL if decay.shape[-1] > 1 else CHUNK
 
 
@@ -186,7 +188,7 @@ def _chunked(q, k, v, decay, state, size, dtype):
         x = jnp.pad(x, ((0, 0), (0, n * size - t)) + ((0, 0),) * (x.ndim - 2))
         return x.reshape(b, n, size, *x.shape[2:])
 
-    form = _one_by_one if jax.default_backend() in ONE_BY_ONE else _side_by_side
+    form = _one_by_one if platform() in ONE_BY_ONE else _side_by_side
     q, k, v, decay = jax.tree.map(cut, (q, k, v, decay))
     o, state = form(q, k, v, decay, state, dtype)
     return o.reshape(b, n * size, *o.shape[3:])[:, :t], state

@@ -13,6 +13,7 @@ from jaxrl.kernels.attention.blocked import blocked_attention
 from jaxrl.kernels.attention.checks import check_arrays, check_per_head, check_soft_cap
 from jaxrl.kernels.attention.dropout import dropout_of, keep_factor
 from jaxrl.kernels.attention.reference import dense_attention
+from jaxrl.kernels.platform import platform
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas", "mosaic_gpu", "cudnn")
 DENSE_PAIRS = 128 * 128  # up to here the dense form is at least as fast as tiles on CPU, with gradients
@@ -128,13 +129,13 @@ def _pairs(shape, mask, q_offset, bias, alibi, dropped) -> dict[str, Any]:
 
 def _choose(q, k, v, mask, scale, soft_cap, bias, alibi, dropped) -> str:
     """The implementation that None stands for."""
-    t, s, platform = q.shape[1], k.shape[1], jax.default_backend()
+    t, s, target = q.shape[1], k.shape[1], platform()
     dynamic = not (isinstance(scale, int | float) and isinstance(soft_cap, int | float | None))
     if dynamic or t < 16 or t * s <= DENSE_PAIRS:
         return "reference"
-    if platform == "tpu" and tpu.refusal(q, k, v, mask, scale, soft_cap, bias) is None:
+    if target == "tpu" and tpu.refusal(q, k, v, mask, scale, soft_cap, bias) is None:
         return "pallas"
-    if platform == "gpu":
+    if target == "gpu":
         from jaxrl.kernels.attention import gpu
 
         if gpu.refusal(q, k, v, mask, scale, soft_cap, bias, alibi, dropped) is None:

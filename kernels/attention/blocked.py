@@ -9,46 +9,32 @@ the mask empties are not visited, and tiles in which it allows every pair are no
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxrl.kernels.attention import masks
-from jaxrl.kernels.attention.alibi import alibi_bias
-from jaxrl.kernels.attention.dropout import Dropout, keep_factor
-from jaxrl.kernels.attention.reference import MASKED, SEEN
+from jaxrl.kernels.attention.band import band_forward, band_gradients
+from jaxrl.kernels.attention.blocked_tile import (
+    Residuals,
+    Settings,
+    absorb,
+    finish,
+    kept_of,
+    logits_of,
+    nothing,
+    slopes_of,
+)
+from jaxrl.kernels.attention.dropout import Dropout
+from jaxrl.kernels.attention.reference import SEEN
+from jaxrl.kernels.platform import platform
 from jaxrl.kernels.varying import vary_alike
 
 BLOCK = {"cpu": 256}  # tile side by platform; on CPU 256 takes the least processor time of 64 .. 2048
 LEAST = {"cpu": 64}  # where the mask has a short reach: a quarter of it, but no less than this
-
-
-class Settings(NamedTuple):
-    """What is static about a call."""
-
-    scale: float
-    soft_cap: float | None
-    block_q: int
-    block_k: int
-    dropout: float = 0.0  # rate
-
-
-class Residuals(NamedTuple):
-    """What the forward pass keeps for the backward pass."""
-
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    bias: jax.Array | None
-    sinks: jax.Array | None
-    mask: masks.Mask
-    q_offset: jax.Array
-    o: jax.Array
-    lse: jax.Array
-    alibi: jax.Array | None = None
-    seed: jax.Array | None = None
+BAND = {"cpu": 64}  # queries at a time where a band of keys moves along with them; elsewhere always tiles
+BAND_REACH = 1024  # up to which reach a band stays in the cache
 
 
 def blocked_attention(
@@ -66,6 +52,7 @@ def blocked_attention(
     dropout: Dropout | None = None,
     block_q: int | None = None,
     block_k: int | None = None,
+    band: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`dense_attention` with O(T) memory (and that of the bias, where one is given).
 
@@ -76,12 +63,14 @@ def blocked_attention(
       mask, q_offset, scale, soft_cap, bias, alibi, sinks: as in `attention`; scale and soft_cap are Python numbers.
       dropout: rate and seed, or None.
       block_q, block_k: upper bounds on the tile's sides; default by platform and the mask's reach.
+      band: queries at a time where a band of keys moves along with them (see `band`), for masks with a reach and
+        without a bias; 0 for tiles; default by platform, lengths and the mask's reach.
 
     Returns:
       o [B, T, H, Dv] in the dtype of q, and lse [B, H, T] in float32.
 
     Raises:
-      ValueError: scale or soft_cap traced.
+      ValueError: scale or soft_cap traced, or a band that does not serve the call.
     """
     for name, value in (("scale", scale), ("soft_cap", soft_cap)):
         if not isinstance(value, int | float | None):
@@ -89,10 +78,17 @@ def blocked_attention(
                 f'attention: implementation="xla" needs {name} as a Python number, got '
                 f'{type(value).__name__}; use implementation="reference".'
             )
+    if band is None:
+        band = 0 if block_q or block_k else _band(mask, bias, q.shape[1], k.shape[1])
+    if band and (mask.reach() is None or bias is not None or k.shape[1] < band):
+        raise ValueError(
+            f"attention: a band of {band} needs a mask with a reach (such as Window), no bias, and at least {band} "
+            f"keys, got {type(mask).__name__} and S = {k.shape[1]}; use band=0."
+        )
     block = _side(mask)
     sides = _block(q.shape[1], block_q or block), _block(k.shape[1], block_k or block)
     rate, seed = (0.0, None) if dropout is None else dropout
-    settings = Settings(scale, soft_cap, *sides, rate)
+    settings = Settings(scale, soft_cap, *sides, rate, band)
     arrays = (q, k, v, bias, sinks, mask, jnp.asarray(q_offset, jnp.int32), alibi, seed)
     leaves, structure = jax.tree.flatten(arrays)
     # outside of the custom derivative: what comes back to an array that shards share is then summed over them
@@ -101,9 +97,16 @@ def blocked_attention(
 
 def _side(mask) -> int:
     """The upper bound on the tile's sides: small tiles waste less where few of them live."""
-    platform, reach = jax.default_backend(), mask.reach()
-    most = BLOCK.get(platform, 512)
-    return most if reach is None else min(most, max(LEAST.get(platform, most), reach // 4))
+    target, reach = platform(), mask.reach()
+    most = BLOCK.get(target, 512)
+    return most if reach is None else min(most, max(LEAST.get(target, most), reach // 4))
+
+
+def _band(mask, bias, t: int, s: int) -> int:
+    """Queries at a time in the band form where it pays, else 0."""
+    side, reach = BAND.get(platform(), 0), mask.reach()
+    pays = side and reach is not None and bias is None and reach <= BAND_REACH and t >= side and s >= 2 * (reach + side)
+    return side if pays else 0
 
 
 def _block(length: int, limit: int) -> int:
@@ -114,7 +117,14 @@ def _block(length: int, limit: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(settings, q, k, v, bias, sinks, mask, q_offset, alibi, seed):
-    return _forward(settings, q, k, v, bias, sinks, mask, q_offset, alibi, seed)[0]
+    return _either_forward(settings, q, k, v, bias, sinks, mask, q_offset, alibi, seed)[0]
+
+
+def _either_forward(settings, q, k, v, bias, sinks, mask, q_offset, alibi, seed):
+    if not settings.band:
+        return _forward(settings, q, k, v, bias, sinks, mask, q_offset, alibi, seed)
+    o, lse = band_forward(settings, q, k, v, sinks, mask, q_offset, alibi, seed)
+    return (o, lse), Residuals(q, k, v, bias, sinks, mask, q_offset, o, lse, alibi, seed)
 
 
 def _forward(settings, q, k, v, bias, sinks, mask, q_offset, alibi=None, seed=None):
@@ -138,30 +148,15 @@ def _forward(settings, q, k, v, bias, sinks, mask, q_offset, alibi=None, seed=No
             tile_of = lambda j: _tile(i, j, settings, row, head, q_offset, s)
 
             def visit(mask, j, carry):
-                m, total, o = carry
                 kj, vj = _slice(kh, 0, j, bk).astype(acc), _slice(vh, 0, j, bk).astype(acc)
                 tile = tile_of(j)
-                logits = _held(_logits(settings, qi, kj, tile, mask, bias_tiles, alibi, i)[0])
-                m_new = jnp.maximum(m, jnp.max(logits, axis=-1))
-                safe = jnp.where(m_new < SEEN, 0.0, m_new)
-                p = _held(jnp.exp(logits - safe[:, None]))
-                decay = jnp.exp(m - safe)
-                total = total * decay + jnp.sum(p, axis=-1)
-                if seed is not None:
-                    p = p * _kept(settings, seed, tile)
-                return m_new, total, o * decay[:, None] + p @ vj
+                logits, _ = logits_of(settings, qi, kj, tile, mask, alibi, _part(bias_tiles, tile, i))
+                return absorb(carry, logits, vj, kept_of(settings, seed, tile))
 
-            m = jnp.full((bq,), MASKED, acc)
-            *nothing, _ = vary_alike(m, jnp.zeros_like(m), jnp.zeros((bq, v.shape[-1]), acc), qi)
-            m, total, o = _over_tiles(mask, tile_of, nk, visit, tuple(nothing))
-            if sinks is not None:
-                sink = sinks[head].astype(acc)
-                top = jnp.maximum(m, sink)
-                decay = jnp.exp(m - top)
-                o, total, m = o * decay[:, None], total * decay + jnp.exp(sink - top), top
-            seen = total > 0
-            total = jnp.where(seen, total, 1.0)
-            return (o / total[:, None]).astype(q.dtype), jnp.where(seen, m + jnp.log(total), MASKED)
+            *empty, _ = vary_alike(*nothing(bq, v.shape[-1], acc), qi)
+            carry = _over_tiles(mask, tile_of, nk, visit, tuple(empty))
+            o, lse = finish(carry, None if sinks is None else sinks[head].astype(acc))
+            return o.astype(q.dtype), lse
 
         o, lse = lax.map(one_block, jnp.arange(group * nq))
         return o.reshape(group, nq * bq, -1)[:, :t], lse.reshape(group, nq * bq)[:, :t]
@@ -181,17 +176,31 @@ def _gradients(settings, residuals, cotangents):
     """With delta = rowsum(do * o):  p = exp(s - lse);  dv = p^T do;  ds = p (do v^T - delta + dlse);
     dq = scale ds k;  dk = scale ds^T q;  dsink = sum exp(sink - lse) (dlse - delta).
     """
-    q, k, v, bias, sinks, mask, q_offset, o, lse, alibi, seed = Residuals(*residuals)
-    do, dlse = cotangents
+    residuals, (do, dlse) = Residuals(*residuals), cotangents
+    sinks, o, lse = residuals.sinks, residuals.o, residuals.lse
+    acc = lse.dtype
+    delta = jnp.einsum("bthd,bthd->bht", do.astype(acc), o.astype(acc)) - dlse
+    if settings.band:
+        (dq, dk, dv), dbias = band_gradients(settings, residuals, do, delta), None
+    else:
+        dq, dk, dv, dbias = _tile_gradients(settings, residuals, do, delta)
+    dsinks = None
+    if sinks is not None:
+        weight = jnp.exp(sinks.astype(acc)[None, :, None] - lse)
+        dsinks = -jnp.sum(weight * delta, axis=(0, 2)).astype(sinks.dtype)
+    return dq, dk, dv, dbias, dsinks, None, None, None, None
+
+
+def _tile_gradients(settings, residuals, do, delta):
+    q, k, v, bias, _, mask, q_offset, _, lse, alibi, seed = residuals
+    acc = lse.dtype
     b, t, h, d = q.shape
     s, heads = k.shape[1], k.shape[2]
     group = h // heads
     bq, bk = settings.block_q, settings.block_k
     nq, nk = -(-t // bq), -(-s // bk)
-    acc = lse.dtype
     qh, kh, vh = _by_head(q, nq * bq), _by_head(k, nk * bk), _by_head(v, nk * bk)
     kt, doh = jnp.swapaxes(kh, 1, 2), _by_head(do, nq * bq)
-    delta = jnp.einsum("bthd,bthd->bht", do.astype(acc), o.astype(acc)) - dlse
     pad = ((0, 0), (0, nq * bq - t))
     delta_h = jnp.pad(delta.reshape(b * h, t), pad)
     lse_h = jnp.pad(jnp.where(lse < SEEN, 0.0, lse).reshape(b * h, t), pad)
@@ -212,16 +221,14 @@ def _gradients(settings, residuals, cotangents):
                 g, i, tile = gi // nq, gi % nq, tile_of(gi)
                 m = row * h + (n % heads) * group + g
                 qi, doi = _slice(qh, m, i, bq).astype(acc) * settings.scale, _slice(doh, m, i, bq).astype(acc)
-                logits, slope = _logits(settings, kj, qi, tile, mask, bias_tiles, alibi, i, transposed=True)
-                p = _held(jnp.exp(logits - _slice(lse_h, m, i, bq)[None]))
-                dp, passed = vj @ doi.T, p
-                if seed is not None:
-                    kept = _kept(settings, seed, tile).T
-                    dp, passed = dp * kept, p * kept
-                ds = p * (dp - _slice(delta_h, m, i, bq)[None])
+                bias_part, kept = _part(bias_tiles, tile, i), kept_of(settings, seed, tile)
+                logits, slope = logits_of(settings, kj, qi, tile, mask, alibi, bias_part, transposed=True)
+                lse_i, delta_i = (_slice(x, m, i, bq)[None] for x in (lse_h, delta_h))
+                passed, dcapped, ds = slopes_of(
+                    logits, slope, lse_i, delta_i, vj @ doi.T, None if kept is None else kept.T
+                )
                 if dbias is not None:
-                    dbias = _add_to_bias(dbias, ds.T, tile, i * bq)
-                ds = _held(ds * slope)
+                    dbias = _add_to_bias(dbias, dcapped.T, tile, i * bq)
                 at = (g, 0, i * bq)
                 dqi = lax.dynamic_slice(dqt, at, (1, d, bq)) + (kjt @ ds)[None]
                 return lax.dynamic_update_slice(dqt, dqi, at), dbias, dk + ds @ qi, dv + passed @ doi
@@ -242,14 +249,10 @@ def _gradients(settings, residuals, cotangents):
     dv = jnp.swapaxes(dv.reshape(b, heads, s, -1), 1, 2)
     if bias is not None and dbias is not None:
         dbias = lax.slice(dbias, (0, 0, 0, 0), bias.shape).astype(bias.dtype)
-    dsinks = None
-    if sinks is not None:
-        weight = jnp.exp(sinks.astype(acc)[None, :, None] - lse)
-        dsinks = -jnp.sum(weight * delta, axis=(0, 2)).astype(sinks.dtype)
-    return dq, dk, dv, dbias, dsinks, None, None, None, None
+    return dq, dk, dv, dbias
 
 
-_attention.defvjp(_forward, _backward)
+_attention.defvjp(_either_forward, _backward)
 
 
 @_gradients.defjvp
@@ -257,11 +260,6 @@ def _second_derivatives(settings, primals, tangents):
     raise ValueError(
         'attention: implementation="xla" has no second derivatives; use implementation="reference", which has all.'
     )
-
-
-def _held(x: jax.Array) -> jax.Array:
-    """x in memory, computed once: XLA's CPU backend would compute an exp again inside a sum, element by element."""
-    return lax.optimization_barrier(x)
 
 
 def _over_tiles(mask, tile_of, count, visit, carry):
@@ -288,30 +286,6 @@ def _over_tiles(mask, tile_of, count, visit, carry):
     full, live = jnp.sum(kinds == 2), jnp.sum(kinds > 0)
     carry = lax.fori_loop(0, full, lambda n, carry: visit(None, order[n], carry), carry)
     return lax.fori_loop(full, live, lambda n, carry: visit(mask, order[n], carry), carry)
-
-
-def _logits(settings, a, b, tile, mask, bias, alibi, i, *, transposed=False) -> tuple[jax.Array, Any]:
-    """The masked logits of one tile, a b^T, and the slope of the soft cap (1.0 without).
-
-    [bq, bk] from queries (scaled) and keys; transposed, [bk, bq] from keys and queries.
-    """
-    turned = (lambda x: x.T) if transposed else (lambda x: x)
-    logits, slope = a @ b.T, 1.0
-    if settings.soft_cap is not None:
-        bent = jnp.tanh(logits / settings.soft_cap)
-        logits, slope = settings.soft_cap * bent, 1.0 - bent * bent
-    if bias is not None:
-        logits = logits + turned(lax.dynamic_slice(bias, *_bias_window(bias, tile, i * tile.q_size))[0, 0])
-    if alibi is not None:
-        logits = logits + turned(alibi_bias(alibi[tile.head], tile.q, tile.k)[0, 0])
-    if mask is not None:
-        logits = jnp.where(turned(mask.allowed(tile)[0, 0]), logits, MASKED)
-    return logits, slope
-
-
-def _kept(settings, seed, tile):
-    """What dropout multiplies the weights of a tile with, [bq, bk]."""
-    return keep_factor(settings.dropout, seed, tile.row, tile.head, tile.q, tile.k)[0, 0]
 
 
 def _tile(i, j, settings, row, head, q_offset, s) -> masks.Tile:
@@ -342,6 +316,13 @@ def _pad_bias(bias, t: int, s: int, t_padded: int, s_padded: int):
     pad_t = 0 if bias.shape[2] == 1 else t_padded - t
     pad_s = 0 if bias.shape[3] == 1 else s_padded - s
     return jnp.pad(bias, ((0, 0), (0, 0), (0, pad_t), (0, pad_s)))
+
+
+def _part(bias, tile, i):
+    """The tile's part of the bias, or None."""
+    if bias is None:
+        return None
+    return lax.dynamic_slice(bias, *_bias_window(bias, tile, i * tile.q_size))[0, 0]
 
 
 def _bias_window(bias, tile, q_first) -> tuple[tuple, tuple[int, ...]]:

@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxrl.kernels.attention.checks import check_groups, check_per_head, check_soft_cap
 from jaxrl.kernels.attention.reference import MASKED, SEEN, dense_attention, with_sinks
+from jaxrl.kernels.platform import platform
 from jaxrl.kernels.varying import shape_like, vary_alike
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas", "mosaic_gpu")
@@ -72,7 +73,8 @@ def decode_attention(
       sinks: one logit per head, [H], that takes probability and has no value, or None.
       implementation: None picks the best one for the platform. "reference": dense, gathers all pages. "xla": row by
         row and tile by tile. "pallas": TPU kernel (interpreted on CPU); it reads the cache in place if D and Dv are 128
-        and K is 1, 2, 4 or a multiple of 8, or D and Dv are multiples of 128 and K of 8; any other cache is copied.
+        and K is 1, 2, 4 or a multiple of 8, or D and Dv are multiples of 128 and K of 8, or, without pages, neither D
+        nor Dv is a multiple of 128 but S is; any other cache is copied.
         "mosaic_gpu": kernel for Hopper GPUs, for bfloat16 and float16.
       return_lse: also return the log-sum-exp.
 
@@ -166,7 +168,7 @@ def _without_derivatives(chosen, settings, q, k, v, lengths, block_table):
         start = jnp.zeros_like(stop) if settings.window is None else stop - settings.window
         options = {"scale": settings.scale, "soft_cap": settings.soft_cap}
         return _on_hopper().decode(q, k, v, start, stop, block_table, **options)
-    run = functools.partial(_kernel_call, settings)
+    run = functools.partial(_across_call if _across(k, v, block_table) else _kernel_call, settings)
     arguments = (q, k, v, lengths) if block_table is None else (q, k, v, lengths, block_table)
     return lax.platform_dependent(
         *arguments,
@@ -249,18 +251,18 @@ def _finished(m, total, o):
 
 def _choose(implementation, q, k, v, block_table) -> str:
     """The implementation that None stands for, or the named one if it serves the call."""
-    platform = jax.default_backend()
+    target = platform()
     if implementation == "pallas" and (reason := _refusal(q, k, v)):
         raise ValueError(f'decode_attention: implementation="pallas": {reason}; use "xla" or None.')
     if implementation == "mosaic_gpu" and (reason := _on_hopper().refusal(q, k, v, block_table)):
         raise ValueError(f'decode_attention: implementation="mosaic_gpu": {reason}; use "reference" or None.')
     if implementation:
         return implementation
-    if platform == "tpu" and _refusal(q, k, v) is None and _in_place(k) and _in_place(v):
+    if target == "tpu" and _refusal(q, k, v) is None and _in_place(k, v, block_table):
         return "pallas"
-    if platform == "gpu" and _on_hopper().refusal(q, k, v, block_table) is None:
+    if target == "gpu" and _on_hopper().refusal(q, k, v, block_table) is None:
         return "mosaic_gpu"
-    return "xla" if platform == "cpu" else "reference"
+    return "xla" if target == "cpu" else "reference"
 
 
 def _on_hopper():
@@ -278,10 +280,19 @@ def _refusal(q, k, v) -> str | None:
     return None
 
 
-def _in_place(cache) -> bool:
-    """Whether a TPU program hands the cache to the kernel as it lies (seen in compiled programs); else it copies it."""
-    heads, width = cache.shape[2:]
-    return width % LANES == 0 and (heads % 8 == 0 or (width == LANES and heads in (1, 2, 4)))
+def _in_place(k, v, block_table) -> bool:
+    """Whether a TPU program hands the cache to a kernel as it lies (seen in compiled programs); else it copies it."""
+
+    def flat(cache):
+        heads, width = cache.shape[2:]
+        return width % LANES == 0 and (heads % 8 == 0 or (width == LANES and heads in (1, 2, 4)))
+
+    return (flat(k) and flat(v)) or _across(k, v, block_table)
+
+
+def _across(k, v, block_table) -> bool:
+    """Whether a TPU keeps the cache with keys along lanes (seen in compiled programs)."""
+    return block_table is None and k.shape[1] % LANES == 0 and bool(k.shape[3] % LANES and v.shape[3] % LANES)
 
 
 def _kernel_call(settings, q, k, v, lengths, block_table=None, *, interpret, columns=COLUMNS):
@@ -354,18 +365,10 @@ def _kernel(lengths, *refs, settings, t, page, heads, at_once):
         refs[at_once : 2 * at_once],
         refs[2 * at_once :],
     )
-    j = pl.program_id(1)
     length = lengths[pl.program_id(0)]
-    start = (lax.div(_first(settings, length, t), page) + j * at_once) * page
+    start = (lax.div(_first(settings, length, t), page) + pl.program_id(1) * at_once) * page
 
-    @pl.when(j == 0)
-    def _():
-        m_scratch[...] = jnp.full_like(m_scratch, MASKED)
-        total_scratch[...] = jnp.zeros_like(total_scratch)
-        o_scratch[...] = jnp.zeros_like(o_scratch)
-
-    @pl.when(start < length)
-    def _():
+    def look():
         keys, values = (jnp.concatenate([x[0] for x in xs], axis=0) for xs in (ks, vs))
         # column c holds key start + c // heads; c // heads < n as c < n * heads, without a division
         c = lax.broadcasted_iota(jnp.int32, (1, len(keys)), 1)
@@ -373,18 +376,92 @@ def _kernel(lengths, *refs, settings, t, page, heads, at_once):
         allowed = (row_head[...] == column_head[...]) & (c < (query + 1) * heads)
         if settings.window is not None:
             allowed = allowed & (c >= (query - (settings.window - 1)) * heads)
-        logits = _capped(settings, dot(q[0], keys, (((1,), (1,)), ((), ()))) * settings.scale)
-        logits = jnp.where(allowed, logits, MASKED)
+        logits = dot(q[0], keys, (((1,), (1,)), ((), ())))
         own = lax.broadcasted_iota(jnp.int32, values.shape, 0) < (length - start) * heads
+        return logits, allowed, values, own, 0
+
+    _sum_up(settings, start < length, look, o, lse, m_scratch, total_scratch, o_scratch)
+
+
+def _sum_up(settings, live, look, o, lse, m_scratch, total_scratch, o_scratch):
+    """A step over the keys of a row: where it is live, look() gives the products with the keys, which of them are
+    allowed, the values, which of those there are, and the axis of the values along which keys lie."""
+
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        m_scratch[...] = jnp.full_like(m_scratch, MASKED)
+        total_scratch[...] = jnp.zeros_like(total_scratch)
+        o_scratch[...] = jnp.zeros_like(o_scratch)
+
+    @pl.when(live)
+    def _():
+        products, allowed, values, own, axis = look()
+        logits = jnp.where(allowed, _capped(settings, products * settings.scale), MASKED)
         values = jnp.where(own, values.astype(jnp.float32), 0.0).astype(values.dtype)
-        weighted = lambda p: dot(p.astype(values.dtype), values, (((1,), (0,)), ((), ())))
+        weighted = lambda p: dot(p.astype(values.dtype), values, (((1,), (axis,)), ((), ())))
         m, total, summed = _online(m_scratch[:, :1], total_scratch[:, :1], o_scratch[...], logits, weighted)
         m_scratch[...] = jnp.broadcast_to(m, m_scratch.shape)
         total_scratch[...] = jnp.broadcast_to(total, total_scratch.shape)
         o_scratch[...] = summed
 
-    @pl.when(j == pl.num_programs(1) - 1)
+    @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
     def _():
         result, statistic = _finished(m_scratch[:, :1], total_scratch[:, :1], o_scratch[...])
         o[0] = result
         lse[0] = jnp.broadcast_to(statistic, lse.shape[1:])
+
+
+def _across_call(settings, q, k, v, lengths, *, interpret, number=2**20):
+    """A TPU keeps caches of widths that are no multiple of 128 as [B, K, D, S], keys along lanes, which is how this
+    kernel takes them: `number` bytes of the keys of all heads at once. Each query lies in the place of its own key
+    head, among zeros, so that one product serves all heads; of the values' sums only that place is taken.
+    """
+    b, t, h, d = q.shape
+    size, heads, dv = *k.shape[1:3], v.shape[3]
+    rows = h * t
+    fit = number // (heads * max(d, dv) * k.dtype.itemsize * LANES) * LANES
+    page = min(max(fit, LANES), pl.cdiv(size, LANES) * LANES)
+    count = pl.cdiv(size, page)
+    reach = count if settings.window is None else min(count, (settings.window + t + page - 3) // page + 1)
+    own = jnp.eye(heads, dtype=q.dtype)[None, :, None, :, None]
+    of_head = jnp.swapaxes(q, 1, 2).reshape(b, heads, rows // heads, 1, d)
+    wide_q = (of_head * own).reshape(b, rows, heads * d)
+    behind = t - 1 - jnp.arange(rows, dtype=jnp.int32)[:, None] % t
+    wide_k, wide_v = (x.transpose(0, 2, 3, 1).reshape(b, -1, size) for x in (k, v))
+
+    def block(width):
+        return pl.BlockSpec(
+            (1, heads * width, page),
+            lambda row, j, lengths: (row, 0, _page_at(settings, lengths[row], t, page, j)),
+        )
+
+    of_row = lambda width: pl.BlockSpec((1, rows, width), lambda row, *_: (row, 0, 0))
+    o, lse = pl.pallas_call(
+        functools.partial(_kernel_across, settings=settings, t=t, page=page),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(b, reach),
+            in_specs=[of_row(heads * d), pl.BlockSpec((rows, 1), lambda *_: (0, 0)), block(d), block(dv)],
+            out_specs=[of_row(heads * dv), of_row(LANES)],
+            scratch_shapes=[pltpu.VMEM((rows, width), jnp.float32) for width in (LANES, LANES, heads * dv)],
+        ),
+        out_shape=[shape_like(q, (b, rows, width), jnp.float32) for width in (heads * dv, LANES)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        interpret=interpret,
+        name="decode_attention_across",
+    )(lengths, wide_q, behind, wide_k, wide_v)
+    o = jnp.sum(o.reshape(b, heads, rows // heads, heads, dv) * own, axis=3)
+    o, lse = (jnp.swapaxes(x.reshape(b, h, t, -1), 1, 2) for x in (o, lse))
+    return o, lse[..., 0]
+
+
+def _kernel_across(lengths, q, behind, k, v, o, lse, *scratch, settings, t, page):
+    length = lengths[pl.program_id(0)]
+    start = (lax.div(_first(settings, length, t), page) + pl.program_id(1)) * page
+
+    def look():
+        key = lax.broadcasted_iota(jnp.int32, (1, page), 1) + start
+        allowed = _seen(settings, length - 1 - behind[...], key)
+        return dot(q[0], k[0], (((1,), (0,)), ((), ()))), allowed, v[0], key < length, 1
+
+    _sum_up(settings, start < length, look, o, lse, *scratch)

@@ -24,6 +24,7 @@ from jax import lax
 from jaxrl.kernels.attention import blocked, masks, tpu
 from jaxrl.kernels.attention.checks import check_arrays, check_per_head, check_soft_cap
 from jaxrl.kernels.attention.reference import MASKED, with_sinks
+from jaxrl.kernels.platform import platform
 from jaxrl.kernels.varying import varying
 
 
@@ -170,7 +171,7 @@ def _pallas(implementation, q, k, v, mask, scale, soft_cap) -> bool:
     reason = tpu.refusal(q, k, v, mask, scale, soft_cap, None)
     if implementation == "pallas" and reason:
         raise ValueError(f'ring_attention: implementation="pallas": {reason}.')
-    return implementation == "pallas" or (implementation is None and jax.default_backend() == "tpu" and not reason)
+    return implementation == "pallas" or (implementation is None and platform() == "tpu" and not reason)
 
 
 def _size(axis_name) -> int:
@@ -274,7 +275,7 @@ def _second_derivatives(settings, primals, tangents):
 
 
 def _tiled(settings, q, k) -> blocked.Settings:
-    default = blocked.BLOCK.get(jax.default_backend(), 512)
+    default = blocked.BLOCK.get(platform(), 512)
     block_q = blocked._block(q.shape[1], settings.block_q or default)
     block_k = blocked._block(k.shape[1], settings.block_k or default)
     return blocked.Settings(settings.scale, settings.soft_cap, block_q, block_k)

@@ -13,6 +13,7 @@ from jaxrl.kernels.log_probs import sharded
 from jaxrl.kernels.log_probs.blocked import blocked_statistics
 from jaxrl.kernels.log_probs.reference import dense_statistics, from_start
 from jaxrl.kernels.log_probs.tpu import pallas_statistics, refusal
+from jaxrl.kernels.platform import platform
 from jaxrl.kernels.varying import vary_alike
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas")
@@ -108,7 +109,7 @@ def _choose(implementation, hidden, unembedding, soft_cap, chunk) -> str:
     tokens = hidden.shape[0] * hidden.shape[1]
     if not fixed or (tokens * unembedding.shape[1] <= DENSE_LOGITS and (chunk is None or tokens <= chunk)):
         return "reference"
-    if jax.default_backend() == "tpu" and refusal(hidden, unembedding, soft_cap) is None:
+    if platform() == "tpu" and refusal(hidden, unembedding, soft_cap) is None:
         return "pallas"
     return "xla"
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxrl.kernels.platform import platform
 from jaxrl.kernels.varying import vary_alike
 
 BLOCKS = {"cpu": (1024, 1024)}  # tokens and vocabulary of a tile, by platform
@@ -53,7 +54,7 @@ def blocked_statistics(
     Returns:
       log_probs [N], entropy [N] and lse [N], float32. First derivatives only, in reverse mode.
     """
-    n, most = hidden.shape[0], BLOCKS.get(jax.default_backend(), OTHER_BLOCKS)
+    n, most = hidden.shape[0], BLOCKS.get(platform(), OTHER_BLOCKS)
     count = max(1, -(-n // (tokens or most[0])))
     settings = Settings(soft_cap, max(1, -(-n // count)), min(unembedding.shape[1], vocabulary or most[1]))
     return _statistics(settings, hidden, unembedding, targets, scale)
@@ -176,4 +177,4 @@ def _tiles(settings, x: jax.Array) -> jax.Array:
 
 def _held(x: jax.Array) -> jax.Array:
     """On CPU, x in memory, computed once: XLA would compute an exp again inside a sum, element by element."""
-    return lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
+    return lax.optimization_barrier(x) if platform() == "cpu" else x

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import importlib.util
 import pathlib
@@ -15,6 +16,7 @@ from jaxrl.kernels.attention import (
     Chunked,
     Dense,
     Full,
+    Mask,
     Segments,
     Window,
     alibi_slopes,
@@ -62,7 +64,7 @@ PIECES = Pieces(128, 128, 1)
 
 IMPLEMENTATIONS = {
     "reference": door("reference"),
-    "xla": direct(blocked_attention, block_q=64, block_k=32),
+    "xla": direct(blocked_attention, block_q=64, block_k=32, band=0),
     "pallas": direct(pallas_attention, blocks=Blocks(128, 128, PIECES, PIECES), fused=True),
 }
 SPLIT = direct(pallas_attention, blocks=Blocks(256, 256, Pieces(128, 128, 2), PIECES), fused=False)
@@ -86,8 +88,10 @@ def inputs(case, seed=0):
 
 @functools.cache
 def expected(name):
-    case = CASES[name]
-    arrays, do, dlse = inputs(case)
+    return expected_of(CASES[name], *inputs(CASES[name]))
+
+
+def expected_of(case, arrays, do, dlse):
     allowed = oracle.dense(case.predicate, case.b, case.h, case.t, case.s, case.q_offset)
     scale = case.d**-0.5 if case.scale is None else case.scale
     options = {"scale": scale, "soft_cap": case.soft_cap, "q_offset": case.q_offset}
@@ -123,23 +127,128 @@ def test_values_and_gradients(implementation, name):
     case = CASES[name]
     if implementation == "pallas" and not case.pallas:
         pytest.skip("refused, see test_refusals")
-    check(IMPLEMENTATIONS[implementation], name)
+    check(IMPLEMENTATIONS[implementation], case, expected(name))
 
 
 @pytest.mark.parametrize("name", ["causal", "cross", "packed", "dropout"])
 def test_two_backward_kernels_with_several_pieces_to_a_tile(name):
-    check(SPLIT, name)
+    check(SPLIT, CASES[name], expected(name))
 
 
-def check(call, name):
-    o, lse, grads = value_and_vjp(call, CASES[name], *inputs(CASES[name]))
-    want_o, want_lse, want = expected(name)
+def check(call, case, expected):
+    o, lse, grads = value_and_vjp(call, case, *inputs(case))
+    want_o, want_lse, want = expected
     np.testing.assert_allclose(o, want_o, rtol=1e-5, atol=2e-6)
     np.testing.assert_allclose(lse, want_lse, rtol=1e-5, atol=2e-6)
     assert set(grads) - {"alibi"} == set(want)
     for key, value in want.items():
         size = np.abs(value).max()
         np.testing.assert_allclose(grads[key], value, rtol=1e-5, atol=2e-6 * max(size, 1), err_msg=key)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True)
+class Near(Mask):
+    """A query sees the keys around it."""
+
+    n: int = dataclasses.field(metadata={"static": True})
+
+    def allowed(self, tile):
+        return jnp.abs(tile.q - tile.k) < self.n
+
+    def live(self, tile):
+        return (tile.k_first < tile.q_last + self.n) & (tile.k_last > tile.q_first - self.n)
+
+    def reach(self):
+        return self.n
+
+
+NEAR = {
+    "window": (Window(33), lambda q, k: 0 <= q - k < 33),
+    "window_of_one": (Window(1), lambda q, k: q == k),
+    "whole_blocks": (Window(32), lambda q, k: 0 <= q - k < 32),
+    "both_sides": (Near(20), lambda q, k: abs(q - k) < 20),
+}
+
+
+BANDS = [(name, "window") for name, case in CASES.items() if not case.bias and case.s >= 16]
+BANDS += [
+    ("before_the_keys", "window_of_one"),
+    ("tree", "whole_blocks"),
+    ("span", "both_sides"),
+    ("dropout", "both_sides"),
+]
+
+
+@pytest.mark.parametrize(("name", "near"), BANDS)
+def test_a_band_of_keys(name, near):
+    """Every mask of the table, cut down to what is near: values and gradients."""
+    case, (mask, close) = CASES[name], NEAR[near]
+    case = case._replace(mask=case.mask & mask, predicate=lambda b, h, q, k: close(q, k) and predicate(b, h, q, k))
+    predicate = CASES[name].predicate
+    arrays, do, dlse = inputs(case)
+    check(direct(blocked_attention, band=16), case, expected_of(case, arrays, do, dlse))
+
+
+@pytest.mark.parametrize(("t", "s", "q_offset"), [(1, 40, 30), (17, 300, 200), (50, 16, 0), (5, 64, 300)])
+def test_a_band_over_other_lengths(t, s, q_offset):
+    """One query, few late in a long sequence, queries behind the last key, one block of keys."""
+    case = CASES["window"]._replace(t=t, s=s, q_offset=q_offset)
+    check(direct(blocked_attention, band=16), case, expected_of(case, *inputs(case)))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_band_over_the_shards_of_a_batch_and_under_vmap(check_vma):
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.normal(size=(2, 40, heads, 8)), jnp.float32) for heads in (2, 1))
+    sinks, ids = jnp.array([0.3, -0.2]), jnp.asarray(np.sort(rng.integers(0, 2, (2, 40)), axis=1), jnp.int32)
+
+    def loss(band, q, k, sinks, ids):
+        mask = Window(20) & Segments(ids)
+        o, lse = blocked_attention(q, k, k, mask=mask, scale=0.4, sinks=sinks, band=band)
+        return jnp.sum(o**2, axis=(1, 2, 3)) + jnp.sum(lse, axis=(1, 2))
+
+    rows, mesh = P("data"), Mesh(np.array(jax.devices()[:2]), "data")
+    specs = {"in_specs": (rows, rows, P(), rows), "out_specs": rows, "check_vma": check_vma}
+    sharded = jax.shard_map(functools.partial(loss, 16), mesh=mesh, **specs)
+    mapped = jax.vmap(lambda q, k, sinks, ids: loss(16, q[None], k[None], sinks, ids[None])[0], (0, 0, None, 0))
+    grads = lambda f: jax.jit(jax.value_and_grad(lambda *x: f(*x, ids).sum(), (0, 1, 2)), compiler_options=QUICK)
+    want = grads(functools.partial(loss, 0))(q, k, sinks)
+    for f in (sharded, mapped):
+        got = grads(f)(q, k, sinks)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, want)
+
+
+def test_a_band_is_chosen_where_the_reach_is_short(monkeypatch):
+    seen = []
+    attend = blocked._attention
+    monkeypatch.setattr(blocked, "_attention", lambda settings, *x: seen.append(settings.band) or attend(settings, *x))
+
+    def band(mask, t=1024, s=1024, **options):
+        q, k = (jax.ShapeDtypeStruct((1, n, 1, 4), jnp.float32) for n in (t, s))
+        jax.eval_shape(lambda q, k: attention(q, k, k, mask=mask, implementation="xla", **options), q, k)
+        return seen[-1]
+
+    assert band(Window(20)) == band(Causal() & Window(448)) == band(Window(20), t=64) == 64
+    assert band(Window(449)) == band(Window(20), t=63) == band(Window(20), s=167) == band(Window(1025), s=8192) == 0
+    assert band(Causal()) == band(Causal() | Window(20)) == band(Window(20), bias=jnp.zeros((1, 1, 1, 1024))) == 0
+
+
+@pytest.mark.parametrize(("mask", "s", "options"), [
+    (Causal(), 32, {}), (Window(3), 15, {}), (Window(3), 32, {"bias": jnp.zeros((1, 1, 32, 32))}),
+])  # fmt: skip
+def test_a_band_that_cannot_serve(mask, s, options):
+    q, k = jnp.ones((1, 32, 1, 4)), jnp.ones((1, s, 1, 4))
+    with pytest.raises(ValueError, match="a band of 16 needs a mask with a reach .* use band=0"):
+        blocked_attention(q, k, k, mask=mask, scale=1.0, band=16, **options)
+
+
+def test_keys_beyond_the_reach_are_not_read():
+    """NaN in keys that no query sees does not reach the result."""
+    x = jnp.ones((1, 300, 1, 4))
+    poisoned = x.at[:, :200].set(jnp.nan)
+    call = jax.jit(functools.partial(blocked_attention, mask=Window(30), q_offset=250, scale=1.0, band=16))
+    assert np.all(np.isfinite(call(x[:, :50], poisoned, poisoned)[0]))
 
 
 def test_dropout_keeps_the_share_it_should_and_no_pattern():

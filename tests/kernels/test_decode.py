@@ -58,6 +58,8 @@ CALLS = {
     "window": Call((130, 0, 64, 6), 136, 8, t=2, window=9, d=16),
     "window_of_one": Call((40, 1), 40, 20, window=1),
     "one_key": Call((1,), 1, 1, h=1, k=1),
+    "along_lanes": Call((200, 384, 1, 0), 384, 16, t=3, h=6, k=2, dv=6, soft_cap=2.0, sinks=True),
+    "along_lanes_in_a_window": Call((384, 130, 5), 384, 48, h=3, k=3, d=24, window=150),
     "many_tiles": Call((900, 77), 1000, 40, t=2, k=4, d=64, window=700, sinks=True, soft_cap=2.0),
 }
 
@@ -109,7 +111,7 @@ def test_values(implementation, name, paged):
 
 
 @pytest.mark.parametrize("paged", [False, True], ids=["dense", "paged"])
-@pytest.mark.parametrize("name", ["drafted", "window", "many_tiles"])
+@pytest.mark.parametrize("name", ["drafted", "window", "many_tiles", "along_lanes", "along_lanes_in_a_window"])
 def test_the_kernel_in_strict_interpretation(name, paged):
     """Reads out of bounds, reads before a copy has come and races are errors; several blocks a row."""
     (q, k, v, lengths, _), (k_pages, v_pages, table) = inputs(name)
@@ -119,8 +121,11 @@ def test_the_kernel_in_strict_interpretation(name, paged):
     table = np.clip(table, 0, len(k_pages) - 1) if paged else None
     strict = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2, random_seed=1)
     run = functools.partial(decode._kernel_call, settings, interpret=strict, columns=256)
+    arrays = (q, *cache, lengths, table)
+    if decode._across(*cache, table):  # blocks of 128 keys
+        run, arrays = functools.partial(decode._across_call, settings, interpret=strict, number=1), arrays[:-1]
     try:
-        o, lse = jax.jit(run)(q, *cache, lengths, table)
+        o, lse = jax.jit(run)(*arrays)
         jax.block_until_ready(o)
         assert not interpret_pallas_call.races.races_found
     finally:
@@ -363,8 +368,20 @@ def test_compiles_for_tpus(chip, page):
 
 
 @pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
-@pytest.mark.parametrize(("heads", "width"), [(8, 128), (2, 128), (3, 128), (2, 256), (8, 256), (8, 64)])
-def test_reads_the_cache_in_place_where_it_says_so(heads, width):
+@pytest.mark.parametrize(
+    ("heads", "width", "in_place"),
+    [(8, 128, True), (2, 128, True), (3, 128, False), (2, 256, False), (8, 256, True), (8, 64, True), (8, 192, True)],
+)
+def test_reads_the_cache_in_place_where_it_says_so(heads, width, in_place):
     cache = (4, 32768, heads, width)
     temporary = for_tpu("v5e", cache).memory_analysis().temp_size_in_bytes
-    assert (temporary < np.prod(cache)) == decode._in_place(np.empty(cache, "V0"))  # half the bytes of the keys
+    of_shape = np.empty(cache, "V0")
+    assert decode._in_place(of_shape, of_shape, None) == in_place
+    assert (temporary < np.prod(cache)) == in_place  # half the bytes of the keys
+
+
+@pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+@pytest.mark.parametrize("chip", ["v5p", "v6e", "tpu7x"])
+def test_keys_along_lanes_compile_for_tpus(chip):
+    program = for_tpu(chip, (4, 4096, 8, 64), window=1500, soft_cap=30.0)
+    assert set(aot.kernel_vmem(program)) == {"decode_attention_across"}
