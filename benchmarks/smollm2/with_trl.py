@@ -37,17 +37,18 @@ def main():
     watch = work.Stopwatch()
     versions = {"trl": trl.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
-    if options.task == "generate":
+    if options.task.startswith("generate"):
+        asked, group = work.asked(options.task)
         place = "cuda" if options.device == "gpu" else "cpu"
         model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
         model = model.to(place).eval()
-        batch = tokenizer(work.prompts()[: work.PROMPTS], return_tensors="pt", padding=True).to(place)
+        batch = tokenizer(asked, return_tensors="pt", padding=True).to(place)
         for seed in range(1 + options.steps):
             torch.manual_seed(seed)
             with torch.no_grad():
                 out = model.generate(
                     **batch, do_sample=True, top_k=0, max_new_tokens=work.NEW_TOKENS,
-                    min_new_tokens=work.NEW_TOKENS, num_return_sequences=work.GROUP,
+                    min_new_tokens=work.NEW_TOKENS, num_return_sequences=group,
                 )  # fmt: skip
             counted = int(out.shape[0] * (out.shape[1] - batch["input_ids"].shape[1]))
             watch.lap()

@@ -10,12 +10,17 @@ from pathlib import Path
 PROMPTS, GROUP, NEW_TOKENS = 8, 4, 64  # GRPO and generation
 PAIRS, EXAMPLES, LENGTH = 4, 8, 128  # DPO and SFT; LENGTH in tokens, longer texts are cut
 BETA, LEARNING_RATE = 0.04, 1e-6
-TASKS = ("generate", "grpo", "sft", "dpo")
+TASKS = ("generate", "generate_one", "grpo", "sft", "dpo")
 
 
 def prompts(number: int = 64) -> list[str]:
     """Prompts of equal length, two digits in each number."""
     return [f"What is the sum of {10 + 7 * i % 90} and {10 + 13 * i % 90}? Show every step." for i in range(number)]
+
+
+def asked(task: str) -> tuple[list[str], int]:
+    """Prompts of a generation, and completions of each."""
+    return (prompts()[:PROMPTS], GROUP) if task == "generate" else (prompts()[:1], 1)
 
 
 def texts(number: int = 64) -> list[str]:

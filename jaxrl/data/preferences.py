@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxrl.data.chat import Template
-from jaxrl.data.records import Ids, check_length, encode_response, pad_examples, template_for
+from jaxrl.data.packing import best_fit, pack
+from jaxrl.data.records import Examples, Ids, check_length, encode_response, pad_examples, template_for
 from jaxrl.data.sources import Line, Record, check_columns, excerpt, named, place
 from jaxrl.data.tokenizer import Tokenizer
 
@@ -75,6 +76,29 @@ def encode_pair(
             "the record"
         )
     return chosen, rejected
+
+
+def pack_pairs(pairs: "Pairs", width: int = 0) -> "Pairs":
+    """Put several pairs into a row: each has its chosen response at one place of a row of the first side, and its
+    rejected one at the same place of the same row of the second.
+
+    pairs: N of them, from `encode_pairs`. width: tokens of a row; 0 takes the longest response.
+
+    Returns Pairs of numpy arrays [R, width] with segments, without margins.
+    Raises ValueError if a response is longer than a row.
+    """
+    from jaxrl.types import Pairs
+
+    sides = []
+    for side in (pairs.chosen, pairs.rejected):
+        tokens, mask = np.asarray(side.tokens), np.asarray(side.loss_mask)
+        lengths = mask.shape[1] - (mask[:, ::-1] > 0).argmax(axis=1)  # a response ends with the last that is trained
+        sides.append(Examples(tokens, mask, lengths))
+    longest = np.maximum(*(side.lengths for side in sides))
+    width = width or int(longest.max())
+    rows = best_fit(longest, width)
+    chosen, rejected = (pack(side, width, rows=rows) for side in sides)
+    return Pairs(chosen, rejected)
 
 
 def encode_labelled(

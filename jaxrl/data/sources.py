@@ -28,9 +28,13 @@ def read_records(source: Source, *, require: Sequence[str] = ()) -> list[Record]
     """Return the records of any source.
 
     source: a JSON Lines file, a glob pattern ("data/*.jsonl", in the order of names) or a list of both; an
-      iterable of dictionaries, such as one split of a Hugging Face `datasets` object; or a dictionary of
+      iterable of dictionaries; one split of a Hugging Face data set, in memory or a stream; or a dictionary of
       columns {"prompt": [...], "answer": [...]}.
     require: columns that every record must have.
+
+    Of a Hugging Face data set the rows are read without its format (NumPy, PyTorch, ...). Its tables give every
+    message or tool the keys of all of them, null where it had none: nulls inside a column are left out, but for
+    `content`, and for what the data set keeps as JSON.
 
     Raises ValueError, naming file and line or the record, as `read_jsonl`; or if the source is none of these.
     """
@@ -39,6 +43,7 @@ def read_records(source: Source, *, require: Sequence[str] = ()) -> list[Record]
     if isinstance(source, list | tuple) and source and all(isinstance(entry, str | Path) for entry in source):
         return [record for entry in source for record in read_records(entry, require=require)]
     rows = _rows_of_columns(source) if isinstance(source, Mapping) else source
+    rows = _rows_of_tables(rows) if hasattr(rows, "with_format") else rows
     if not isinstance(rows, Iterable):
         raise ValueError(f"the data is a {type(source).__name__}; expected a file or an iterable of dictionaries")
     records = []
@@ -171,7 +176,27 @@ def _file(path: str | Path) -> Path:
     return path
 
 
+def _rows_of_tables(data: Any) -> Iterable[Record]:
+    """The rows of a Hugging Face `Dataset` or `IterableDataset`, as they were before they became Arrow tables."""
+    kinds = data.features or {}
+    return ({name: _as_written(x, kinds.get(name)) for name, x in row.items()} for row in data.with_format(None))
+
+
+def _as_written(value: Any, kind: Any) -> Any:
+    """A value without the nulls of Arrow's structs. kind: of `datasets`: a dictionary is a struct, what has a `feature`
+    a list; None is not known, and every dictionary may be a struct."""
+    if isinstance(value, dict) and (kind is None or isinstance(kind, dict)):
+        kept = {name: x for name, x in value.items() if x is not None or name == "content"}
+        return {name: _as_written(x, (kind or {}).get(name)) for name, x in kept.items()}
+    if isinstance(value, list) and (kind is None or hasattr(kind, "feature")):
+        return [_as_written(x, getattr(kind, "feature", None)) for x in value]
+    return value
+
+
 def _rows_of_columns(columns: Mapping[str, Any]) -> Iterable[Record]:
+    of_table = lambda x: isinstance(x, Sequence) and hasattr(x, "features")  # one column of a Hugging Face `Dataset`
+    read = lambda x: [_as_written(value, x.features) for value in x] if of_table(x) else x
+    columns = {name: read(column) for name, column in columns.items()}
     lists = {name: column for name, column in columns.items() if isinstance(column, list | tuple | np.ndarray)}
     if len(lists) < len(columns):
         splits = sorted(set(columns) - set(lists))

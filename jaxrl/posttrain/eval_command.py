@@ -38,6 +38,12 @@ class Eval:
     higher wins; empty takes --reward."""
     chat: bool = False
     """Write each text prompt as a user's message, as `jaxrl chat` does."""
+    tools: str = ""
+    """What the model may call: calculator, path/to/file.py:function, several with commas; empty is no tools."""
+    turns: int = 4
+    """How often the model writes in a completion with tools: one more than the calls it may make."""
+    tool_form: str = "tags"
+    """Form of a call: tags, <tool>47*85</tool>, or hermes, <tool_call>{"name": ..., "arguments": ...}</tool_call>."""
     out: str = ""
     """New JSONL file for the completions with answer, reward and finish."""
     batch: int = 512
@@ -90,6 +96,9 @@ def run(options: Eval) -> None:
         against=options.against,
         judge=options.judge,
         chat=options.chat,
+        tools=options.tools,
+        turns=options.turns,
+        tool_form=options.tool_form,
         batch=options.batch,
         seed=options.seed,
     )

@@ -1,5 +1,6 @@
 """Measuring a model, of a run or a published one: accuracy, pass@k, maj@k, length, and win rate against another."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,8 +12,11 @@ import numpy as np
 
 from jaxrl import runs
 from jaxrl.data.sources import Record
+from jaxrl.nets.language_model import language_model
 from jaxrl.posttrain import judge as judging
 from jaxrl.posttrain import rewards, talk, task
+from jaxrl.posttrain import tools as tooling
+from jaxrl.posttrain import turns as talking
 from jaxrl.posttrain.judge import Estimate, WinRate
 from jaxrl.posttrain.rollout import Sampling
 from jaxrl.types import Finish
@@ -59,6 +63,9 @@ def evaluate(
     against: str = "",
     judge: str = "",
     chat: bool = False,
+    tools: str = "",
+    turns: int = 4,
+    tool_form: str = "tags",
     batch: int = 512,
     seed: int = 0,
 ) -> Evaluation:
@@ -75,6 +82,8 @@ def evaluate(
       judge: path/to/file.py:function of `(prompts, completions)`, see `judge.win_rate`, which decides between the two;
         or a reward, which then stands in the place of `reward`: the higher one wins.
       chat: whether to write each text prompt as a user's message, as `jaxrl chat` does.
+      tools, turns, tool_form: what the model may call, how often it writes at most, and how, as in `jaxrl train grpo`.
+        Texts and lengths then hold results, too.
       batch: completions drawn at once.
       seed: of the sampler.
 
@@ -90,6 +99,9 @@ def evaluate(
     verdicts = named if named is not None and judging.is_judge(named) else None
     score = rewards.load_reward(reward) if reward else None if named is verdicts else named
     exact = score is None and verdicts is None
+    found = tooling.load_tools(tools) if tools else []
+    if tool_form not in tooling.FORMS:
+        raise ValueError(f"tool_form is {tool_form!r}; expected one of {', '.join(tooling.FORMS)}")
     for model in filter(None, (place, against)):
         runs.check_model(model)
     problems = _problems(place, data, ("prompt", "answer") if exact else ("prompt",))
@@ -108,6 +120,9 @@ def evaluate(
             reward=rewarded,
             answer=partial(_answer, marker=model.marker, whole=exact),
             add_bos=getattr(model.tokenizer, "adds_bos", False) and not runs.is_run(place),
+            tools=found,
+            turns=turns,
+            form=tooling.FORMS[tool_form](named=len(found) > 1),
             batch=batch,
             seed=seed,
         )
@@ -137,6 +152,9 @@ def complete(
     reward: rewards.Reward | None = None,
     answer: Callable[[str], str] = str,
     add_bos: bool = False,
+    tools: Sequence[tooling.Tool] = (),
+    turns: int = 4,
+    form: tooling.Form | None = None,
     batch: int = 512,
     seed: int = 0,
 ) -> Completions:
@@ -149,6 +167,7 @@ def complete(
       reward: a Python reward, or None.
       answer: what a completion answers; one that was cut off answers nothing.
       add_bos: whether to begin text prompts with the BOS.
+      tools, turns, form: as in `turns.make_talk`; without tools a completion is one turn.
       batch: completions drawn at once, and so problems times samples.
       seed: of the sampler.
 
@@ -163,7 +182,10 @@ def complete(
             f"the longest prompt has {width} tokens; with {sampling.max_tokens} new ones it does not fit the context "
             f"of {model.transformer.max_length}; lower --max-tokens, or leave such problems out"
         )
-    generate = task.make_generate(model.language_model, tokenizer, sampling, samples=samples)
+    if tools:
+        generate = _with_tools(model, width, tools, sampling=sampling, form=form, turns=turns, samples=samples)
+    else:
+        generate = task.make_generate(model.language_model, tokenizer, sampling, samples=samples)
     size = min(max(batch // samples, 1), len(problems))
     texts, finish, scores, lengths = [], [], [], []
     for start in range(0, len(problems), size):
@@ -204,6 +226,18 @@ def write_table(path: str | Path, tables: Sequence[tuple[str, Completions]]) -> 
                     line |= {"answer": record["answer"]} if "answer" in record else {}
                     line |= {"given": given, "reward": None if np.isnan(reward) else float(reward)}
                     file.write(json.dumps(line | {"finish": finish, "length": int(length)}) + "\n")
+
+
+def _with_tools(
+    model: runs.Model, width: int, tools: Sequence[tooling.Tool], *, sampling: Sampling, **options: Any
+) -> Callable:
+    """`(params, prompts, key) -> Rollout` in several turns, of a model that takes the caches these ask for."""
+    functions, needed = model.language_model, talking.context(width, sampling.max_tokens)
+    if needed > model.transformer.max_length and "adapter" not in model.params:  # parameters do not depend on it
+        functions = language_model(dataclasses.replace(model.transformer, max_length=needed))
+    ends = task.stops(model.tokenizer)
+    say = talking.make_talk(functions, model.tokenizer, tools, sampling=sampling, stop=ends, **options)
+    return lambda params, prompts, key: say(params, jax.device_get(prompts), key).rollout
 
 
 def _problems(place: str, data: str, columns: tuple[str, ...]) -> list[Record]:

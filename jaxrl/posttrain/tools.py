@@ -279,3 +279,6 @@ def _written(value: Fraction) -> str:
 
 BUILT_IN: dict[str, Callable[[str], str]] = {"calculator": calculator}
 """Tools that need no file."""
+
+FORMS: dict[str, Callable[..., Form]] = {"tags": tags, "hermes": lambda named: hermes()}
+"""Forms of a call, by name; `named` where there are several tools."""

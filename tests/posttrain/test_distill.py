@@ -11,11 +11,12 @@ import optax
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from jaxrl import metrics
+from jaxrl import checkpoint, metrics, runs
 from jaxrl.data.tokenizer import ByteTokenizer, CharTokenizer
 from jaxrl.nets.language_model import language_model
 from jaxrl.nets.transformer import TransformerConfig
 from jaxrl.posttrain import distill, recipes
+from jaxrl.posttrain.adapter import AdapterOptions
 from jaxrl.posttrain.distill import DistillConfig
 from jaxrl.posttrain.recipes.distill import DistillRun, train_distill
 from jaxrl.posttrain.rollout import Sampling, rollout
@@ -335,6 +336,34 @@ def test_a_whole_run_resumes(taught):
     train_distill(dataclasses.replace(halves, steps=20))
     again = train_distill(halves, resume=True)
     jax.tree.map(np.testing.assert_array_equal, again.state.params, whole.state.params)
+
+
+def test_a_student_with_an_adapter(taught):
+    """Its base stands still, the adapter alone is kept, a resumed run ends alike, and the student opens merged."""
+    base = recipes.train_sft(recipes.SFTRun(
+        **SIZES, model=SMALL, data=str(taught / "digits.jsonl"), out=str(taught / "base"), steps=1,
+        tokenizer="char:0123456789=", sft=SFTConfig(batch=64),
+    ))  # fmt: skip
+    run = DistillRun(
+        **{**SIZES, "save_every": 20}, data=str(taught / "digits.jsonl"), teacher=str(taught / "teacher"), steps=40,
+        init=str(base.folder), out=str(taught / "adapted"), optimizer=OptimizerConfig(learning_rate=3e-2),
+        adapter=AdapterOptions(kind="lora", rank=4),
+        distill=DistillConfig(prompts=64, beta=0.0, sampling=Sampling(max_tokens=3)),
+    )  # fmt: skip
+    whole = train_distill(run)
+    losses = [row["train/loss"] for row in metrics.read(whole.folder / "metrics.jsonl") if "train/loss" in row]
+    assert np.mean(losses[-5:]) < 0.95 * losses[0]
+    jax.tree.map(np.testing.assert_array_equal, whole.state.base, base.state.params)
+    saved, _ = checkpoint.restore(whole.folder / "checkpoints")
+    assert set(saved["params"]) == {"layers"} and set(saved["params"]["layers"]["attention"]["q"]) == {"a", "b"}
+    halves = dataclasses.replace(run, out=str(taught / "adapted_halves"))
+    train_distill(dataclasses.replace(halves, steps=20))
+    again = train_distill(halves, resume=True)
+    jax.tree.map(np.testing.assert_array_equal, again.state.params, whole.state.params)
+    opened = runs.load_model(whole.folder)
+    assert jax.tree.structure(opened.params) == jax.tree.structure(base.state.params)
+    changed = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), opened.params, base.state.params)
+    assert changed["layers"]["attention"]["q"]["kernel"] > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,49 @@ def test_what_cannot_be_measured_is_said_at_once(argv, hint, folder, capsys, mon
     assert status == 2 and hint in " ".join(err.split()) and "Traceback" not in err, err
 
 
+@pytest.fixture(scope="module")
+def caller(folder):
+    """A run that has learnt to call a tool and to write a result of its own, which is wrong."""
+    records = [
+        {"prompt": f"{a}=", "completion": "<tool>3+4</tool><result>8</result>", "answer": "7"} for a in range(100, 164)
+    ]
+    (folder / "calls.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    run = recipes.SFTRun(
+        data=str(folder / "calls.jsonl"), tokenizer="char:0123456789=+<>/tolresu", out=str(folder / "caller"),
+        held_out=3, steps=120, chunk=40, eval_every=0, save_every=0, max_tokens=36, sft=SFTConfig(batch=16),
+        model=recipes.ModelConfig(width=32, layers=1, heads=2, kv_heads=1, ffn=32),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+    )  # fmt: skip
+    return str(recipes.train_sft(run).folder)
+
+
+def test_with_tools(folder, caller, capsys):
+    """The result is the tool's in place of the model's; of all samples alike, and in parts as at once."""
+    sampling = Sampling(temperature=0.0, max_tokens=36)
+    alone = evaluation.evaluate(caller, reward="number", sampling=sampling)
+    assert alone.figures["accuracy"].mean == 0 and set(sum(alone.completions.texts, [])) == {
+        "<tool>3+4</tool><result>8</result>"
+    }
+    helped = evaluation.evaluate(caller, reward="number", sampling=sampling, tools="calculator", batch=2)
+    assert helped.figures["accuracy"].mean == 1
+    assert {row[0] for row in helped.completions.texts} == {"<tool>3+4</tool><result>7</result>"}
+    assert {row[0] for row in helped.completions.finish} == {"eos"} and (helped.completions.lengths == 35).all()
+    once = evaluation.evaluate(caller, reward="number", sampling=sampling, tools="calculator", turns=1).completions
+    assert {row[0] for row in once.texts} == {"<tool>3+4</tool>"} and {row[0] for row in once.finish} == {"stop"}
+
+    names = ("accuracy", "pass@1", "pass@4", "length")
+    given = {"metrics": names, "sampling": Sampling(max_tokens=36), "samples": 4, "reward": "number"}
+    drawn = evaluation.evaluate(caller, **given, tools="calculator")
+    assert drawn.figures["pass@4"].mean == pytest.approx(np.mean(drawn.completions.correct.any(axis=1)))
+    assert drawn.completions.rewards.shape == (3, 4) and drawn.figures["pass@4"].mean > 0
+    argv = ["eval", caller, "--reward", "number", "--tools", "calculator", "--turns", 2]
+    status, out, _ = call(capsys, *argv)
+    assert status == 0 and "accuracy  1  (95 %" in out
+    for words, hint in ((["--tools", "abacus"], "'abacus' is none of calculator"), (["--tool-form", "x"], "'x'")):
+        status, _, err = call(capsys, *argv, *words)
+        assert status == 2 and hint in " ".join(err.split())
+
+
 def test_a_published_model_needs_data(capsys):
     assert "smollm2-135m is no run and has no held-out problems" in call(capsys, "eval", "smollm2-135m")[2]
     assert "did you mean 'smollm2-135m'?" in call(capsys, "eval", "smollm2-135")[2]

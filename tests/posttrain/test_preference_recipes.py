@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from jaxrl import checkpoint, metrics, runs
+from jaxrl.data import preferences
 from jaxrl.data.tokenizer import load_tokenizer
 from jaxrl.posttrain import preference, recipes, reward_model, task
 from jaxrl.posttrain.kto import KTOConfig
 from jaxrl.posttrain.preference import DPOConfig
+from jaxrl.posttrain.recipes import common
 from jaxrl.posttrain.recipes.preference import DPORun, KTORun, train_dpo, train_kto
 from jaxrl.posttrain.recipes.reward_model import RMRun, encode_steps, train_rm
 from jaxrl.posttrain.reward_model import RMConfig
@@ -77,6 +79,52 @@ def dpo(folder, warm):
 @pytest.fixture(scope="module")
 def kto(folder, warm):
     return train_kto(dataclasses.replace(KTO, data=str(folder / "labels.jsonl"), init=warm, out=str(folder / "kto")))
+
+
+def test_packed_pairs_train_as_pairs_of_their_own(folder, warm, tmp_path):
+    """Two steps on all pairs, packed or not; the packed run resumes between them, with its reference from the file."""
+    config = DPOConfig(mixture={"dpo": 1.0, "simpo": 0.5, "nll": 0.2}, batch=104)
+    whole = dataclasses.replace(
+        DPO, data=str(folder / "pairs.jsonl"), init=warm, out=str(tmp_path / "whole"), dpo=config, steps=2, chunk=1,
+        save_every=1,
+    )  # fmt: skip
+    setup = common.prepare(whole, columns=("chosen", "rejected"), max_tokens=4)
+    packed = preferences.pack_pairs(task.pairs_of(setup.task.training, setup.task.tokenizer), 24)
+    chosen, rejected = (np.asarray(side.segments) for side in (packed.chosen, packed.rejected))
+    assert chosen.shape == rejected.shape and chosen.shape[1] == 24 and len(chosen) < 104 / 2
+    np.testing.assert_array_equal(chosen.max(axis=1), rejected.max(axis=1))  # as many of each in a row
+    assert chosen.max(axis=1).sum() == 104
+    for row in range(len(chosen)):
+        for number in range(1, chosen[row].max() + 1):
+            one, other = (
+                np.asarray(side.tokens)[row][ids[row] == number].tolist()
+                for side, ids in zip((packed.chosen, packed.rejected), (chosen, rejected), strict=True)
+            )
+            assert one[:4] == other[:4] and one[4] != other[4]  # of one prompt
+
+    rows = dataclasses.replace(
+        whole, out=str(tmp_path / "packed"), packing=True, width=24, dpo=dataclasses.replace(config, batch=len(chosen))
+    )
+    with pytest.raises(ValueError, match="a step takes 104 packed rows and .* leaves .. for training"):
+        train_dpo(dataclasses.replace(rows, dpo=config))
+    one = train_dpo(whole)
+    train_dpo(dataclasses.replace(rows, steps=1))
+    other = train_dpo(rows, resume=True)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), other.state.params, one.state.params)
+    tables = [[r for r in metrics.read(run.folder / "metrics.jsonl") if "train/loss" in r] for run in (one, other)]
+    for left, right in zip(*tables, strict=True):
+        names = [name for name in left if not name.startswith(("time/", "throughput/tokens_per"))]
+        for name in names if left["step"] > 1 else set(names) - {"rewards/accuracies"}:  # all margins are 0 first
+            np.testing.assert_allclose(right[name], left[name], rtol=1e-3, atol=1e-4, err_msg=name)
+    assert abs(tables[0][1]["rewards/margins"]) > 1e-3
+    assert other.summary["pair_accuracy_after"] == one.summary["pair_accuracy_after"]
+
+
+def test_options_of_packing_that_are_refused():
+    with pytest.raises(ValueError, match="width is 8, that of packed rows; add --packing"):
+        DPORun(width=8)
+    with pytest.raises(ValueError, match="which a sorted pairing cannot take"):
+        DPORun(packing=True, dpo=DPOConfig(pairing="sorted_margins"))
 
 
 @pytest.fixture(scope="module")

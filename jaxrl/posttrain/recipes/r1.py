@@ -18,7 +18,7 @@ from jaxrl.data.digit_sums import ALPHABET, MARKER, digit_sums, worked
 from jaxrl.data.sources import Record
 from jaxrl.data.split import split_by_problem
 from jaxrl.display import Display
-from jaxrl.posttrain import long2short, rewards, task, update
+from jaxrl.posttrain import long2short, reward_model, rewards, task, update
 from jaxrl.posttrain.distill import DistillConfig
 from jaxrl.posttrain.grpo import GRPOConfig
 from jaxrl.posttrain.recipes.common import ModelConfig, RunOptions
@@ -68,6 +68,9 @@ class R1Run:
     """JSONL of further prompts for the stage `all`, with commas between files."""
     all_reward: str = ""
     """Reward of that stage, such as a sum with a file's own function; empty is that of `reasoning`."""
+    all_reward_model: str = ""
+    """Folder of `jaxrl train rm`, whose score is the reward of that stage's problems without an answer; empty gives
+    them that of the others."""
     student: str = ""
     """Model that is distilled into; empty is a new one of `student_model`."""
     accuracy: str = "exact(marker='=')"
@@ -133,8 +136,8 @@ def train_r1(run: R1Run, *, resume: bool = False, display: Display | None = None
 
     zero: GRPO on the base model, accuracy + format. cold_start: SFT of the base model on short clean completions.
     reasoning: GRPO on it, accuracy + format + language. rejection: its right and clean completions as records. sft2:
-    SFT of the base model on them and on `other`. all: GRPO on that, on all prompts. distill: SFT of a smaller model on
-    the records. distill_on_policy: that student graded by the model of `all`.
+    SFT of the base model on them and on `other`. all: GRPO on that, on all prompts, by rules and `all_reward_model`.
+    distill: SFT of a smaller model on the records. distill_on_policy: that student graded by the model of `all`.
 
     A stage whose folder has a `summary.json` is skipped, one with checkpoints goes on from there; so the same call
     continues a killed pipeline, and other `stages` add to it.
@@ -163,6 +166,8 @@ def train_r1(run: R1Run, *, resume: bool = False, display: Display | None = None
             )
     for spec in filter(None, (" + ".join(_parts(run, language=True)), run.all_reward)):
         rewards.load_reward(spec)
+    if run.all_reward_model:
+        reward_model.load(run.all_reward_model)
     for data in filter(None, (run.cold_start, run.other, run.all_data)):
         task.load_records(data, columns=())
     split = None if _has_data(folder) else _split(run)
@@ -262,6 +267,8 @@ def _run_stage(run: R1Run, name: str, view: Display) -> None:
     elif name == "all":
         data = ",".join(filter(None, [file("training"), run.all_data]))
         reward = run.all_reward or shaped
+        if run.all_reward_model:
+            reward = _with_model(reward, run.all_reward_model, folder / "data" / "all_reward.py")
         options = GRPORun(**common, **reinforced, init=str(folder / "sft2"), data=data, reward=reward)
     elif name == "distill":
         data = str(folder / "rejection" / "records.jsonl")
@@ -277,6 +284,16 @@ def _run_stage(run: R1Run, name: str, view: Display) -> None:
         )  # fmt: skip
     assert isinstance(options, RunOptions)
     train(options, resume=(Path(options.out) / runs.CONFIG).exists(), display=view)
+
+
+def _with_model(rules: str, model: str, file: Path) -> str:
+    """Writes the reward as a file, so that the stage's config names all of it."""
+    file.write_text(
+        "from jaxrl.posttrain.learned_reward import learned_reward, where_answered\n"
+        "from jaxrl.posttrain.rewards import load_reward\n\n"
+        f"reward = where_answered(load_reward({rules!r}), learned_reward({model!r}))\n"
+    )
+    return f"{file}:reward"
 
 
 def _parts(run: R1Run, *, language: bool) -> list[str]:

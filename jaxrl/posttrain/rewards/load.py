@@ -27,6 +27,12 @@ def _cosine(*, accuracy: str = "number", **options: Any) -> Reward:
     return cosine_reward(load_reward(accuracy), **options)
 
 
+def _model(*, folder: str) -> Reward:
+    from jaxrl.posttrain.learned_reward import learned_reward  # which is made of rewards itself
+
+    return learned_reward(folder)
+
+
 BUILT_IN: dict[str, Callable[..., Reward]] = {
     "exact": exact_reward,
     "format": format_reward,
@@ -38,6 +44,7 @@ BUILT_IN: dict[str, Callable[..., Reward]] = {
     "overlong": overlong_reward,
     "cosine": _cosine,
     "isolated": isolated,
+    "model": _model,
 }
 """Rewards that need no file; what they take stands with each function."""
 
