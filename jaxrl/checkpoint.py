@@ -3,6 +3,9 @@
 A checkpoint is a folder named by its step. It is written under a temporary name, with a manifest of checksums, and
 renamed when complete, so a killed process leaves either a whole checkpoint or one that is never looked at. A file
 damaged later is found by its checksum, and the checkpoint before it is used instead.
+
+Of several processes each writes and reads its own shards, in a folder that all of them see, and all must call; the rest
+(manifest, checksums, names) is done by process 0.
 """
 
 import hashlib
@@ -17,10 +20,12 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from jaxrl.parallel.processes import on_main
+
 MANIFEST = "manifest.json"
 
 
-class CorruptCheckpoint(Exception):
+class CorruptCheckpoint(RuntimeError):
     """A checkpoint whose files are not those that were written."""
 
 
@@ -45,20 +50,27 @@ def save(directory: str | os.PathLike, step: int, state: Any, *, keep: int = 3) 
     if keep < 1:
         raise ValueError(f"keep is {keep}; at least 1 checkpoint must be kept")
     folder = Path(directory).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob("*.tmp"):
-        shutil.rmtree(leftover)
     temporary, final = folder / f"{step}.tmp", folder / str(step)
+
+    def begin() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob("*.tmp"):
+            shutil.rmtree(leftover)
+
+    def finish() -> None:
+        (temporary / MANIFEST).write_text(json.dumps(_checksums(temporary)))
+        _flush(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        newer = [found for found in steps(folder) if found > step]  # the run went back to before these
+        for old in newer + [found for found in steps(folder) if found <= step][:-keep]:
+            shutil.rmtree(folder / str(old))
+
+    on_main(begin)
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         checkpointer.save(temporary / "state", args=ocp.args.StandardSave(_raw_keys(state)))
-    (temporary / MANIFEST).write_text(json.dumps(_checksums(temporary)))
-    _flush(temporary)
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.rename(final)
-    newer = [found for found in steps(folder) if found > step]  # the run went back to before these
-    for old in newer + [found for found in steps(folder) if found <= step][:-keep]:
-        shutil.rmtree(folder / str(old))
+    on_main(finish)
     return final
 
 
@@ -79,8 +91,13 @@ def restore(directory: str | os.PathLike, like: Any = None, *, step: int | None 
       CorruptCheckpoint: when the one asked for is damaged.
       ValueError: when the state has other leaves or shapes than `like`.
     """
-    found = steps(directory) if step is None else [step]
-    for candidate in reversed(found):
+    found = on_main(lambda: _intact(directory, step))
+    return _read(Path(directory).absolute() / str(found) / "state", like), found
+
+
+def _intact(directory: str | os.PathLike, step: int | None) -> int:
+    """The step that `restore` takes; warnings and errors as there."""
+    for candidate in reversed(steps(directory) if step is None else [step]):
         folder = Path(directory).absolute() / str(candidate)
         if not folder.is_dir():
             raise FileNotFoundError(f"no checkpoint {candidate} in {directory}; found steps {steps(directory)}")
@@ -89,15 +106,15 @@ def restore(directory: str | os.PathLike, like: Any = None, *, step: int | None 
         except CorruptCheckpoint as error:
             if step is not None:
                 raise
-            warnings.warn(f"{error}; trying the checkpoint before it", stacklevel=2)
+            warnings.warn(f"{error}; trying the checkpoint before it", stacklevel=4)
             continue
-        return _read(folder / "state", like), candidate
+        return candidate
     raise FileNotFoundError(f"no intact checkpoint in {directory}; start the run anew in another folder")
 
 
 def _read(folder: Path, like: Any) -> Any:
-    """Leaves without a sharding go to the first device, wherever they were saved from."""
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    """Leaves without a sharding go to the default device of the process, wherever they were saved from."""
+    here = jax.sharding.SingleDeviceSharding(getattr(jax.config, "jax_default_device", None) or jax.local_devices()[0])
     place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         saved = checkpointer.metadata(folder).item_metadata.tree
@@ -147,7 +164,8 @@ def _raw_keys(tree: Any) -> Any:
         if not _is_key(leaf):
             return leaf
         if isinstance(leaf, jax.ShapeDtypeStruct):
-            return jax.eval_shape(jax.random.key_data, leaf)
+            raw = jax.eval_shape(jax.random.key_data, leaf)
+            return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=leaf.sharding)
         return jax.random.key_data(leaf)
 
     return jax.tree.map(raw, tree)

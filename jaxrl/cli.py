@@ -5,7 +5,9 @@ import difflib
 import functools
 import json
 import os
+import shlex
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
@@ -13,7 +15,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional
 
 import jaxrl
-from jaxrl import config
+from jaxrl import config, supervise
 
 Folder = Annotated[str, Positional]
 
@@ -185,7 +187,10 @@ def _train(
     usage = f"{options.__doc__}\n\n--resume FOLDER continues a run from its newest intact checkpoint."
     run = config.parse(default, flags, prog=prog or f"jaxrl train {kind}", description=usage)
     outcome = train(run, resume=folder is not None)
-    print("\n" + next_steps(outcome.folder))
+    from jaxrl.parallel import processes
+
+    if processes.is_main():
+        print("\n" + next_steps(outcome.folder))
     return outcome
 
 
@@ -232,6 +237,16 @@ def bench(subject: str, argv: Sequence[str]) -> None:
     from jaxrl.bench import command
 
     command.run(subject, options)
+
+
+def plan(argv: Sequence[str]) -> None:
+    """`jaxrl plan`."""
+    from jaxrl.plan.options import Plan
+
+    options = config.parse(Plan, argv, prog="jaxrl plan")
+    from jaxrl.plan import command
+
+    command.run(options)
 
 
 def list_envs(argv: Sequence[str]) -> None:
@@ -359,6 +374,9 @@ MODELS = {
 }
 """Runs of language models: their kind, and options and function in `jaxrl.posttrain.recipes`."""
 
+SHARED = ("grpo", "sft", "ppo-rlhf", "ppo-max", "kimi")
+"""Those of them that several processes can run together."""
+
 AGENTS = {
     "reinforce": "Monte-Carlo policy gradient, with or without a baseline",
     "qac": "actor-critic with action values by Sarsa",
@@ -397,6 +415,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
         f"bench {name}": (functools.partial(bench, name), f"time and memory of {text}")
         for name, text in BENCHES.items()
     },
+    "plan": (plan, "memory, FLOPs, traffic and time of a step on TPUs or GPUs that need not be here"),
     "envs": (list_envs, "the environments"),
     "data show": (data_show, "one tokenised example with its loss mask"),
     "env": (env, "versions and devices, for bug reports"),
@@ -406,7 +425,10 @@ GROUPS = {name.split()[0] for name in COMMANDS if " " in name}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit status: 0, 1 (the run failed), 2 (usage) or 130 (interrupted)."""
+    """Runs one command and returns the exit status: 0, 1 (the run failed), 2 (usage) or 130 (interrupted).
+
+    A run that is told to stop (SIGTERM) saves and raises `SystemExit` with status 75.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv in (["--version"], ["-V"]):
         print(f"jaxrl {jaxrl.__version__}")
@@ -429,17 +451,60 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(caches, "jaxrl"))  # compile once, not in each run
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     command, _ = COMMANDS[names[0]]
+    joins = argv[0] == "train" and not {"-h", "--help"} & set(argv)
+    if joins and supervise.is_due():
+        folder = _take(argv, "--resume")[0] or _take(argv, "--out")[0] or "FOLDER"
+        words = [sys.executable, "-m", "jaxrl.cli", *argv]
+        return supervise.supervise(words, again=f"jaxrl {names[0]} --resume {shlex.quote(folder)}")
     try:
+        if joins:
+            supervise.follow()
+            _join(names[0])
         command(argv[len(names[0].split()) :])
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, FileNotFoundError, FloatingPointError, TimeoutError) as error:
         print(f"jaxrl {names[0]}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        return _ended(str(error), 2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt:
-        return 130
+        return _ended("interrupted", 130)
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _ended("nobody reads its output any more", 0)
+    except Exception as error:
+        if not _several():
+            raise
+        traceback.print_exc()
+        return _ended(f"{type(error).__name__}: {error}", 1)
     return 0
+
+
+def _join(name: str) -> None:
+    """Joins the other processes of a run, where the environment speaks of some."""
+    from jaxrl.parallel import processes
+
+    seconds = lambda name, default: float(os.environ.get(name, "") or default)
+    count = processes.initialise(
+        timeout=seconds("JAXRL_TIMEOUT", processes.TIMEOUT), heartbeat=seconds("JAXRL_HEARTBEAT", processes.HEARTBEAT)
+    ).count
+    if count > 1 and name.removeprefix("train ") not in SHARED:
+        raise ValueError(
+            f"this command runs in one process, and {count} were started; start one (--mesh takes all its devices), or "
+            f"train one of {', '.join(SHARED)}"
+        )
+
+
+def _several() -> bool:
+    """Whether this process has joined others; does not wait for JAX."""
+    processes = sys.modules.get("jaxrl.parallel.processes")
+    return processes is not None and processes.count() > 1
+
+
+def _ended(message: str, status: int) -> int:
+    """The exit status; the other processes of the run are told of the error first."""
+    if _several():
+        from jaxrl.parallel import faults
+
+        faults.fail(message, status)
+    return status
 
 
 def _usage() -> str:

@@ -87,8 +87,8 @@ def _compiled(step: Callable, state: Any, data: Any, length: int) -> Callable:
     def program(state, data):
         return jax.lax.scan(lambda state, _: step(state, data), state, length=length)
 
-    layout = jax.tree.map(lambda x: x.sharding, state)  # a state stays where it lies
-    return jax.jit(program, donate_argnums=0, out_shardings=(layout, None)).lower(state, data).compile()
+    layout = jax.tree.map(lambda x: x.sharding, state)  # a state stays where it lies, and everyone reads the metrics
+    return jax.jit(program, donate_argnums=0, out_shardings=(layout, layout.step)).lower(state, data).compile()
 
 
 def _plain(step: Callable, length: int) -> Callable:

@@ -24,12 +24,13 @@ from jaxrl.nets.transformer import TransformerConfig
 from jaxrl.posttrain import adapter
 from jaxrl.posttrain.adapter import AdapterOptions
 
-CONFIG, MODEL, METRICS, SUMMARY, CHECKPOINTS = (
+CONFIG, MODEL, METRICS, SUMMARY, CHECKPOINTS, SHARDING = (
     "config.json",
     "model.json",
     "metrics.jsonl",
     "summary.json",
     "checkpoints",
+    "sharding.txt",
 )
 
 

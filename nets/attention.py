@@ -114,6 +114,7 @@ class Attention(nn.Module):
     window: int | None = None
     out_init: Callable = normal(0.02)
     implementation: str | None = None
+    attend: Callable = attention  # the door, or one that knows a mesh
     dtype: str = "float32"
     param_dtype: str = "float32"
 
@@ -153,8 +154,8 @@ class Attention(nn.Module):
         def attend(mask) -> Any:
             options: dict[str, Any] = {"mask": mask, "q_offset": offset, "implementation": self.implementation}
             if prefix is None:
-                return attention(q, k, v, **options)
-            return with_prefix(q, prefix, *attention(q, k, v, return_lse=True, **options))
+                return self.attend(q, k, v, **options)
+            return with_prefix(q, prefix, *self.attend(q, k, v, return_lse=True, **options))
 
         near = mask if self.window is None else mask & Window(self.window)
         y = attend(near) if windowed is None else jax.lax.cond(windowed, lambda: attend(near), lambda: attend(mask))

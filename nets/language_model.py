@@ -1,4 +1,4 @@
-"""The contract between language models and everything that uses them: four pure functions."""
+"""The contract between language models and everything that uses them: a few pure functions."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxrl.kernels.attention import Causal
+from jaxrl.kernels.attention import Causal, attention
+from jaxrl.kernels.log_probs import token_log_probs
+from jaxrl.nets.moe import experts
 from jaxrl.nets.transformer import Transformer, TransformerConfig, init_cache
 
 
 class LanguageModel(NamedTuple):
-    """Four pure functions; whatever offers them plugs into every loss and loop.
+    """Pure functions; whatever offers them plugs into every loss and loop.
 
     init(key) -> params: a plain nested dict of arrays; consumes the key. One program under `jax.jit`.
 
@@ -28,17 +30,33 @@ class LanguageModel(NamedTuple):
 
     init_cache(batch, length) -> an empty Cache: a NamedTuple with length, and k and v, arrays or trees of arrays. The
     samplers repeat k and v along axis 1, the rows; `posttrain.slots` moves columns too, on axis 3.
+
+    log_probs(hidden, unembedding, targets, *, temperature, chunk) -> (log_probs, entropy): `token_log_probs`, or one
+    that knows where the arrays lie.
     """
 
     init: Callable
     apply: Callable
     unembedding: Callable
     init_cache: Callable
+    log_probs: Callable = token_log_probs
 
 
-def language_model(config: TransformerConfig) -> LanguageModel:
-    """The decoder of `jaxrl.nets.transformer` as a LanguageModel."""
-    model = Transformer(config)
+def language_model(
+    config: TransformerConfig,
+    *,
+    attend: Callable = attention,
+    log_probs: Callable = token_log_probs,
+    experts: Callable = experts,
+) -> LanguageModel:
+    """The decoder of `jaxrl.nets.transformer` as a LanguageModel.
+
+    Args:
+      config: of the network.
+      attend, experts, log_probs: what it calls as `attention` and `moe.experts` and offers as `token_log_probs`; those
+        of `jaxrl.parallel.model_on` know a mesh.
+    """
+    model = Transformer(config, attend, experts)
 
     def init(key):
         return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
@@ -53,7 +71,7 @@ def language_model(config: TransformerConfig) -> LanguageModel:
     def empty(batch, length):
         return init_cache(config, batch, length)
 
-    return LanguageModel(init, apply, unembedding, empty)
+    return LanguageModel(init, apply, unembedding, empty, log_probs)
 
 
 def from_nnx(make: Callable, unembedding: Callable, init_cache: Callable) -> LanguageModel:

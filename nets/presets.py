@@ -55,6 +55,11 @@ def llama31_8b(**changes) -> TransformerConfig:
     return replace(config, **changes)
 
 
+def llama31_70b(**changes) -> TransformerConfig:
+    """Llama 3.1 70B: 70,553,706,496 parameters."""
+    return replace(llama31_8b(), **({"width": 8192, "layers": 80, "heads": 64, "ffn": 28672} | changes))
+
+
 def llama32_1b(**changes) -> TransformerConfig:
     """Llama 3.2 1B: 1,235,814,400 parameters."""
     config = TransformerConfig(
@@ -105,7 +110,22 @@ def qwen3_1_7b(**changes) -> TransformerConfig:
     return replace(qwen3_0_6b(), **({"width": 2048, "ffn": 6144} | changes))
 
 
+def qwen3_4b(**changes) -> TransformerConfig:
+    """Qwen3 4B: 4,022,468,096 parameters, the tied embedding counted once."""
+    return replace(qwen3_0_6b(), **({"width": 2560, "layers": 36, "heads": 32, "ffn": 9728} | changes))
+
+
 def qwen3_8b(**changes) -> TransformerConfig:
     """Qwen3 8B: 8,190,735,360 parameters."""
     sizes = {"width": 4096, "layers": 36, "heads": 32, "ffn": 12288, "tie_embeddings": False}
     return replace(qwen3_0_6b(), **(sizes | changes))
+
+
+def qwen3_14b(**changes) -> TransformerConfig:
+    """Qwen3 14B: 14,768,307,200 parameters."""
+    return replace(qwen3_8b(), **({"width": 5120, "layers": 40, "heads": 40, "ffn": 17408} | changes))
+
+
+def qwen3_32b(**changes) -> TransformerConfig:
+    """Qwen3 32B: 32,762,123,264 parameters."""
+    return replace(qwen3_8b(), **({"width": 5120, "layers": 64, "heads": 64, "ffn": 25600} | changes))

@@ -1,7 +1,9 @@
 """Decoder-only Transformer: Llama, Mistral, Qwen2 and Qwen3 are one module under different configs."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -9,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxrl.kernels.attention import Causal, Mask
+from jaxrl.kernels.attention import Causal, Mask, attention
 from jaxrl.nets.attention import Attention, Int8, Slot
 from jaxrl.nets.layers import Kernel, RMSNorm, SwiGLU, normal
+from jaxrl.nets.moe import PRODUCT, MoE, MoEConfig, RouterStatistics, experts
 from jaxrl.nets.rope import RopeScaling, rotation
 
 CACHE_DTYPES = ("float32", "bfloat16", "int8")
@@ -33,6 +36,7 @@ class TransformerConfig:
     heads: int  # H query heads
     kv_heads: int  # K, divides H
     ffn: int  # inner width of SwiGLU
+    experts: MoEConfig | None = None  # in its place, but for `first_dense` layers
     head_dim: int | None = None  # Dh; None: width / heads
     max_length: int = 2048  # the longest sequence or cache accepted
     rope_base: float = 10_000.0
@@ -71,11 +75,18 @@ class TransformerConfig:
             )
         if not all(0 <= i < self.layers for i in self.window_layers or ()):
             raise ValueError(f"window_layers {self.window_layers} names layers outside 0..{self.layers - 1}")
+        if self.dense_layers > self.layers:
+            raise ValueError(f"experts.first_dense is {self.dense_layers}, but there are {self.layers} layers")
 
     @property
     def head_size(self) -> int:
         """Dh as a number."""
         return self.width // self.heads if self.head_dim is None else self.head_dim
+
+    @property
+    def dense_layers(self) -> int:
+        """Layers before the first one with experts; 0 where there are none at all."""
+        return 0 if self.experts is None else self.experts.first_dense
 
 
 class Cache(NamedTuple):
@@ -117,13 +128,16 @@ def init_cache(config: TransformerConfig, batch: int, length: int) -> Cache:
 
 
 class Block(nn.Module):
-    """One pre-norm layer: x += attention(norm(x)); x += SwiGLU(norm(x)).
+    """One pre-norm layer: x += attention(norm(x)); x += SwiGLU(norm(x)), or the experts of x.
 
     Written as the body of the layer loop: the carry is (x, cache keys, cache values); the whole cache
-    travels through and is written in place. Parameters: attention_norm, attention, ffn_norm, ffn.
+    travels through and is written in place. Parameters: attention_norm, attention, ffn_norm, and ffn or moe.
     """
 
     config: TransformerConfig
+    attend: Callable = attention
+    experts: Callable = experts
+    dense: bool = False  # SwiGLU though the config has experts
 
     @nn.compact
     def __call__(self, carry, layer, windowed, cos, sin, mask, length):
@@ -144,12 +158,16 @@ class Block(nn.Module):
             window=c.window,
             out_init=out_init,
             implementation=c.attention,
+            attend=self.attend,
             **types,
             name="attention",
         )(normed, cos, sin, mask, slot, windowed)
         x = x + y
         normed = RMSNorm(c.norm_eps, **types, name="ffn_norm")(x)
-        x = x + SwiGLU(c.ffn, out_init, **types, name="ffn")(normed)
+        if c.experts is None or self.dense:
+            x = x + SwiGLU(c.ffn, out_init, **types, name="ffn")(normed)
+        else:
+            x = x + MoE(c.experts, out_init, self.experts, **types, name="moe")(normed)
         return (x, None, None) if slot is None else (x, slot.k, slot.v), None
 
 
@@ -162,10 +180,14 @@ class Transformer(nn.Module):
       layers/attention/{q,k,v,o}/kernel [L, in, out], with qkv_bias {q,k,v}/bias, with qk_norm
       {q,k}_norm/scale layers/ffn_norm/scale [L, D] layers/ffn/{gate,up,down}/kernel [L, in, out] norm/scale
       [D] unembed/kernel [D, V], unless the embeddings are tied
+      with experts layers/moe (`jaxrl.nets.moe.MoE`) in the place of layers/ffn, and dense_layers/... for
+      the first_dense layers, which are not in layers/...
     Initialisation: normal(0.02); o and down normal(0.02 / sqrt(2 L)), as GPT-2; norms 1, biases 0.
     """
 
     config: TransformerConfig
+    attend: Callable = attention
+    experts: Callable = experts
 
     @nn.compact
     def __call__(
@@ -189,21 +211,15 @@ class Transformer(nn.Module):
         else:
             x = nn.Embed(c.vocab_size, c.width, embedding_init=normal(0.02), **dtypes, name="embed")(tokens)
 
-        each, same = 0, nn.broadcast
-        in_axes: Any = (each, each, same, same, same, same)
-        layers = nn.scan(
-            _remat(Block, c.remat),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=in_axes,
-            length=c.layers,
-            unroll=c.unroll if cache is None else c.decode_unroll,
-        )(c, name="layers")
+        unroll, first = c.unroll if cache is None else c.decode_unroll, c.dense_layers
         carry = (x, None, None) if cache is None else (x, cache.k, cache.v)
-        windowed = None
-        if c.window_layers is not None:
-            windowed = jnp.array([i in c.window_layers for i in range(c.layers)])
-        (x, keys, values), _ = layers(carry, jnp.arange(c.layers), windowed, cos, sin, mask, written)
+        for start, end, name in ((0, first, "dense_layers"), (first, c.layers, "layers")):
+            if start < end:
+                options: dict[str, Any] = {"dense": start < first, "unroll": unroll, "name": name}
+                layers = stack(c, self.attend, self.experts, layers=end - start, **options)
+                own = jax.tree.map(itemgetter(slice(start, end)), (jnp.arange(c.layers), windowed(c)))
+                carry, _ = layers(carry, *own, cos, sin, mask, written)
+        x, keys, values = carry
         if not c.tie_embeddings:
             Kernel((c.width, c.vocab_size), c.param_dtype, name="unembed")()
         x = RMSNorm(c.norm_eps, c.dtype, c.param_dtype, name="norm")(x)
@@ -212,11 +228,45 @@ class Transformer(nn.Module):
         return x, cache
 
 
+def stack(
+    config: TransformerConfig, attend: Callable, experts: Callable = experts, *, layers: int, unroll: int = 1, **options
+) -> Any:
+    """`Block` scanned over so many layers, as a module that is called as the block is; options are fields of either."""
+    each, same = 0, nn.broadcast
+    in_axes: Any = (each, each, same, same, same, same)
+    scanned = nn.scan(
+        _remat(Block, config.remat),
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True, "router": True},
+        in_axes=in_axes,
+        length=layers,
+        unroll=unroll,
+    )
+    return scanned(config, attend, experts, **options)
+
+
+def router_statistics(
+    config: TransformerConfig, params: Any, tokens: jax.Array, *, positions=None, mask: Mask | None = None
+) -> RouterStatistics:
+    """How the routers of one pass over `tokens` spread them: each field [layers with experts, ...]."""
+    apply, variables = Transformer(config).apply, {"params": params}
+    found: Any = apply(variables, tokens, positions=positions, mask=mask, mutable=["intermediates"])[1]
+    return found["intermediates"]["layers"]["moe"]["statistics"][0]
+
+
+def windowed(config: TransformerConfig) -> jax.Array | None:
+    """Which layers use the window, [L] booleans; None where all do, or there is none."""
+    if config.window_layers is None:
+        return None
+    return jnp.array([i in config.window_layers for i in range(config.layers)])
+
+
 def _remat(block, name: str):
     if name == "none":
         return block
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if name == "dots" else None
-    return nn.remat(block, policy=policy, prevent_cse=False)
+    of = jax.checkpoint_policies
+    products = of.save_from_both_policies(of.dots_with_no_batch_dims_saveable, of.save_only_these_names(PRODUCT))
+    return nn.remat(block, policy=products if name == "dots" else None, prevent_cse=False)
 
 
 def check(

@@ -161,6 +161,7 @@ def carried(model: LanguageModel, adapter: Adapter) -> LanguageModel:
         apply,
         lambda params: model.unembedding(params["base"]),
         adapters.adapt(model, None, adapter).init_cache,
+        model.log_probs,
     )
 
 
@@ -207,7 +208,7 @@ def over(make: Callable, model: LanguageModel, adapter: Adapter, *, moving_refer
             return of_both.apply({"base": base, "adapter": params}, *args, **options)
 
         start = lambda key: adapter.init(key, model, base)
-        return make(LanguageModel(start, apply, lambda params: model.unembedding(base), of_both.init_cache))
+        return make(of_both._replace(init=start, apply=apply, unembedding=lambda params: model.unembedding(base)))
 
     def init(key, base, *args, **options):
         params = adapter.init(jax.random.fold_in(key, (1 << 30) + 2), model, base)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.kernels.attention import Causal, Segments
-from jaxrl.kernels.log_probs import select_log_probs, token_log_probs
+from jaxrl.kernels.log_probs import select_log_probs
 from jaxrl.nets.language_model import LanguageModel
 from jaxrl.types import Finish, Prompts, Rollout
 
@@ -333,7 +333,7 @@ def completion_log_probs(
         positions=jnp.maximum(columns - padding, 0),
         mask=Causal() & Segments(segments),
     )
-    log_probs, entropy = token_log_probs(
+    log_probs, entropy = model.log_probs(
         hidden[:, width - 1 :],
         model.unembedding(params),
         rollout.completions,

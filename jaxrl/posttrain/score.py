@@ -5,7 +5,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrl.kernels.attention import Causal, Mask, Segments
-from jaxrl.kernels.log_probs import token_log_probs
 from jaxrl.nets.language_model import LanguageModel
 from jaxrl.types import TokenBatch
 
@@ -41,7 +40,7 @@ def log_probs_of(
     segments = batch.segments
     mask, positions = layout(None if segments is None else segments[:, :-1])
     hidden, _ = model.apply(params, batch.tokens[:, :-1], positions=positions, mask=mask)
-    log_probs, entropy = token_log_probs(
+    log_probs, entropy = model.log_probs(
         hidden, model.unembedding(params), batch.tokens[:, 1:], temperature=temperature, chunk=chunk
     )
     counted = batch.loss_mask[:, 1:]

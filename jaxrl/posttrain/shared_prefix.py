@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.kernels.attention import Causal, Full, Mask, Segments, Span, Tree, Window
-from jaxrl.kernels.log_probs import token_log_probs
 from jaxrl.nets.language_model import LanguageModel
 from jaxrl.types import Rollout
 
@@ -110,7 +109,7 @@ def group_log_probs(
     size = hidden.shape[-1]
     root = jnp.broadcast_to(hidden[:, prompt - 1, None, None], (number, group, 1, size))
     hidden = jnp.concatenate([root, hidden[:, prompt:].reshape(number, group, completion - 1, size)], axis=2)
-    log_probs, entropy = token_log_probs(
+    log_probs, entropy = model.log_probs(
         hidden.reshape(rows, completion, size),
         model.unembedding(params),
         completions,

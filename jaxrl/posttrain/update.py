@@ -36,6 +36,8 @@ class OptimizerConfig:
     """Global norm above which gradients are scaled down; 0 leaves them."""
     state: str = "float32"
     """How the two moments are kept: float32 (8 bytes a parameter), bfloat16 (4) or int8 (about 2, in blocks)."""
+    router_bias_rate: float = 1e-3
+    """What a router's bias moves by in an update: up for experts with less than the mean load, down for the others."""
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
@@ -64,11 +66,31 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """AdamW as the config says. The gradient clip belongs to `apply_gradients`, which knows the norm already."""
     vector = lambda path, p: p.ndim < 2 or jax.tree_util.keystr(path[-1:], simple=True) in ("scale", "bias")
     matrices = lambda params: jax.tree_util.tree_map_with_path(lambda path, p: not vector(path, p), params)
-    return optax.chain(
+    adam = optax.chain(
         scale_by_compact_adam(b1=config.b1, b2=config.b2, eps=config.eps, state=config.state),
         optax.add_decayed_weights(config.weight_decay, matrices),
         optax.scale_by_learning_rate(learning_rate(config)),
     )
+    return _balancing(adam, config.router_bias_rate)
+
+
+def _balancing(optimizer: optax.GradientTransformation, rate: float) -> optax.GradientTransformation:
+    """The optimizer, but a router's bias, whose gradient is load (`nets.moe.balanced`), moves by the rate against it.
+
+    (Wang et al. 2024, arXiv:2408.15664, algorithm 1.)
+    """
+
+    def update(updates, state, params=None):
+        gradient = updates
+        updates, state = optimizer.update(gradient, state, params)
+
+        def one(path, load, update):
+            bias = jax.tree_util.keystr(path, simple=True, separator="/").endswith("moe/bias")
+            return -rate * jnp.sign(load) if bias else update
+
+        return jax.tree_util.tree_map_with_path(one, gradient, updates), state
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 @flax.struct.dataclass

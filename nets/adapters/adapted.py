@@ -84,7 +84,7 @@ def adapt(model: LanguageModel, base: Any, adapter: Adapter) -> LanguageModel:
     def empty(*args, **options):
         return _wrapped(model.init_cache(*args, **options), None)
 
-    return LanguageModel(init, apply, lambda params: model.unembedding(base), empty)
+    return LanguageModel(init, apply, lambda params: model.unembedding(base), empty, model.log_probs)
 
 
 def over_base(build: Callable, model: LanguageModel, adapter: Adapter) -> Callable:

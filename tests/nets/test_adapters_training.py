@@ -112,11 +112,11 @@ def test_rules_place_every_state_and_base():
         placed = parallel.state_shardings(shapes, mesh, rules=rules)
         if kind == "lora":
             pair = placed.opt_state[0].mu["layers"]["attention"]["q"]
-            assert pair["a"].spec == P(None, "fsdp", None) and pair["b"].spec == P(None, None, "tensor")
+            assert pair["a"].spec == P("stage", "fsdp", None) and pair["b"].spec == P("stage", None, "tensor")
     for form in ("nf4", "int8"):
         placed = parallel.state_shardings(adapters.quantise_base(base, form=form), mesh, rules=rules)
         kernel = placed["layers"]["ffn"]["down"]["kernel"]
-        assert kernel[0].spec == P(None, "tensor", "fsdp")
+        assert kernel[0].spec == P("stage", "tensor", "fsdp")
         assert placed["embed"]["embedding"].spec == P("tensor", "fsdp")
 
 

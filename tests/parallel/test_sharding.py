@@ -12,10 +12,12 @@ from jaxrl.nets.transformer import TransformerConfig
 @pytest.mark.parametrize(
     ("spec", "sizes"),
     [
-        ("", (8, 1, 1, 1, 1)),
-        ("data=2,fsdp=4", (2, 4, 1, 1, 1)),
-        (" fsdp=2, tensor=-1", (1, 2, 1, 1, 4)),
-        ("expert=2,context=2,tensor=2", (1, 1, 2, 2, 2)),
+        ("", (1, 8, 1, 1, 1, 1)),
+        ("auto", (1, 1, 8, 1, 1, 1)),
+        ("data=2,fsdp=4", (1, 2, 4, 1, 1, 1)),
+        (" fsdp=2, tensor=-1", (1, 1, 2, 1, 1, 4)),
+        ("expert=2,context=2,tensor=2", (1, 1, 1, 2, 2, 2)),
+        ("stage=4,data=2", (4, 2, 1, 1, 1, 1)),
     ],
 )
 def test_mesh_from_a_string(spec, sizes):
@@ -49,7 +51,7 @@ def test_every_parameter_of_every_transformer_has_a_rule():
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             if name.endswith(("kernel", "embedding")):
                 assert sharding.spec in {P("tensor", "fsdp"), P("fsdp", "tensor"),
-                                         P(None, "fsdp", "tensor"), P(None, "tensor", "fsdp")}, name  # fmt: skip
+                                         P("stage", "fsdp", "tensor"), P("stage", "tensor", "fsdp")}, name  # fmt: skip
 
 
 def test_what_does_not_fit_is_refused():

@@ -61,7 +61,8 @@ def train_distill(run: DistillRun, *, resume: bool = False, display: Display | N
     context = max(teacher.transformer.max_length, setup.transformer.max_length)
     judge = language_model(dataclasses.replace(teacher.transformer, max_length=context))
     speaks = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-    recipe = setup.recipe(run, partial(distill.make, run.distill, teacher=judge, **speaks))
+    rows = run.distill.prompts * run.distill.group // run.distill.micro_batches
+    recipe = setup.recipe(run, partial(distill.make, run.distill, teacher=judge, **speaks), rows=rows)
     frozen = teacher.params
     if setup.mesh is not None:
         frozen = jax.device_put(frozen, setup.shardings(frozen))

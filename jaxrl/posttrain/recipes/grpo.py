@@ -5,10 +5,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxrl import parallel
 from jaxrl.display import Display
-from jaxrl.posttrain import adapter, grpo, rewards, shared_prefix, task, tools, turns, update
+from jaxrl.posttrain import adapter, apart, grpo, rewards, shared_prefix, task, tools, turns, update
 from jaxrl.posttrain import partial as partial_rollouts
 from jaxrl.posttrain.grpo import GRPOConfig
 from jaxrl.posttrain.partial import PartialConfig
@@ -56,14 +59,31 @@ class GRPORun(RunOptions):
     """Longest stretch of tokens which, eight times at the end of a segment, stops a completion; 0 never does."""
     repetition_penalty: float = 1.0
     """Taken off the reward of a completion that was stopped so."""
+    sampler_mesh: str = ""
+    """Devices to sample on, such as data=4: those that the mesh leaves, or all of them in another layout; empty samples
+    where it trains."""
+    lag: int = 0
+    """With a sampler_mesh: updates between drawing a batch and learning from it (policy/lag)."""
     optimizer: update.OptimizerConfig = dataclasses.field(
         default_factory=lambda: update.OptimizerConfig(learning_rate=5e-5, warmup_steps=10)
     )
     grpo: GRPOConfig = dataclasses.field(default_factory=GRPOConfig)
 
     def __post_init__(self):
-        if self.tool_form not in FORMS:
-            raise ValueError(f"tool_form is {self.tool_form!r}; expected one of {', '.join(FORMS)}")
+        if self.tool_form not in tools.FORMS:
+            raise ValueError(f"tool_form is {self.tool_form!r}; expected one of {', '.join(tools.FORMS)}")
+        if self.lag and not self.sampler_mesh:
+            raise ValueError(f"lag is {self.lag} and there is no sampler_mesh; name the devices that sample meanwhile")
+        if self.sampler_mesh:
+            taken = {
+                "an adapter": self.adapter.kind != "none",
+                "tools": self.tools,
+                "segment and repetition": self.partial is not None,
+                "grpo.dynamic-rounds": self.grpo.dynamic_rounds > 1,
+            }
+            for name, given in taken.items():
+                if given:
+                    raise ValueError(f"sampler_mesh does not go together with {name}; leave one of them out")
         if self.tools and self.partial is not None:
             raise ValueError("segment and repetition are for completions in one turn; leave them out, or the tools")
         if self.grpo.slots and (self.tools or self.partial is not None):
@@ -80,17 +100,13 @@ class GRPORun(RunOptions):
         return PartialConfig(**{name: getattr(self, name) for name in names})
 
 
-FORMS = {"tags": tools.tags, "hermes": lambda named: tools.hermes()}
-"""Forms of a call, by name; `named` where there are several tools."""
-
-
 def train_grpo(run: GRPORun, *, resume: bool = False, display: Display | None = None) -> Outcome:
     """Post-trains on prompts with answers, or with a Python reward. Arguments, result and errors as `train_sft`."""
     run = dataclasses.replace(run, out=run.out or "runs/grpo")
     needed = ("prompt",) if run.reward else ("prompt", "answer")
     needed += ("difficulty",) if run.grpo.curriculum_steps else ()
     max_tokens = run.grpo.sampling.max_tokens
-    setup = prepare(run, columns=needed, max_tokens=max_tokens)
+    setup = prepare(run, columns=needed, max_tokens=max_tokens, sampler_mesh=run.sampler_mesh)
     tokenizer, training = setup.task.tokenizer, setup.task.training
     if len(training) < run.grpo.prompts:
         raise ValueError(
@@ -103,6 +119,7 @@ def train_grpo(run: GRPORun, *, resume: bool = False, display: Display | None = 
     recipe = setup.recipe(
         run,
         partial(_make, run, setup, prompts.tokens.shape[1]),
+        rows=run.grpo.prompts * run.grpo.group // run.grpo.minibatches // run.grpo.micro_batches,
         updates=run.grpo.epochs * run.grpo.minibatches,
         moving_reference=run.grpo.reference_every > 0,
     )
@@ -114,6 +131,7 @@ def train_grpo(run: GRPORun, *, resume: bool = False, display: Display | None = 
         )
 
         def score(completions: Rollout, rows):
+            completions, rows = jax.device_get((completions, rows))
             records = [training[row] for row in rows]
             return score_texts(reward, completions, records, tokenizer, samples=run.grpo.group)
 
@@ -128,11 +146,30 @@ def train_grpo(run: GRPORun, *, resume: bool = False, display: Display | None = 
     else:
         reward = partial(rewards.exact_answer, marker=marker_id(setup.task))
         step, answers = grpo.fused(recipe, reward, run.grpo), task.answers_of(training, tokenizer)
+        of_rows = lambda rows: jax.tree.map(lambda x: jnp.repeat(x[rows], run.grpo.group, axis=0), answers)
+        graded = jax.jit(lambda completions, rows: reward(completions, of_rows(rows)))
         evaluation = exact_evaluation(setup, max_tokens)
     problems = grpo.Problems(prompts, answers, _difficulty(training) if run.grpo.curriculum_steps else None)
-    init = partial(recipe.init, problems=len(training))
-    return drive("grpo", run, setup, init, step, problems, evaluation,
-                  max_tokens=max_tokens, jit=not by_text, resume=resume, display=display)  # fmt: skip
+    init, begin = partial(recipe.init, problems=len(training)), None
+    if run.sampler_mesh:
+        begin, step = _apart(run, setup, recipe, score if by_text else graded)
+    return drive("grpo", run, setup, init, step, problems, evaluation, begin=begin, max_tokens=max_tokens,
+                  jit=not by_text and begin is None, resume=resume, display=display)  # fmt: skip
+
+
+def _apart(run: GRPORun, setup: Setup, recipe: grpo.GRPO, reward: Callable) -> tuple[Callable, Callable]:
+    """The iteration on a mesh to train on and one to sample on."""
+    model = parallel.model_on(setup.transformer, setup.sampler)
+    sampler = _make(run, setup, 0, model, update.make_optimizer(run.optimizer))
+    everywhere = NamedSharding(setup.mesh, PartitionSpec())
+    return apart.make(
+        sampler.sample,
+        recipe.learn,
+        reward,
+        place_batch=lambda batch: jax.device_put(batch, everywhere),
+        policy_shardings=setup.sampler_shardings,
+        lag=run.lag,
+    )
 
 
 def _make(run: GRPORun, setup: Setup, prompt_width: int, model, optimizer, **options) -> grpo.GRPO:
@@ -167,7 +204,7 @@ def _talk(run: GRPORun, setup: Setup, sampling: Sampling, *, samples: int) -> Ca
         tokenizer,
         found,
         sampling=sampling,
-        form=FORMS[run.tool_form](named=len(found) > 1),
+        form=tools.FORMS[run.tool_form](named=len(found) > 1),
         turns=run.turns,
         samples=samples,
         stop=task.stops(tokenizer),

@@ -66,6 +66,7 @@ def train_online(run: OnlineRun, *, resume: bool = False, display: Display | Non
     recipe = setup.recipe(
         run,
         partial(online.make, config, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, stop=task.stops(tokenizer)),
+        rows=config.prompts // config.micro_batches,
         updates=config.epochs,
         moving_reference=config.reference_every > 0,
     )

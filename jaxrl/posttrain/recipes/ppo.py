@@ -83,6 +83,7 @@ def train_ppo(run: PPORun, *, resume: bool = False, display: Display | None = No
             pad_id=tokenizer.pad_id,
             stop=task.stops(tokenizer),
         ),
+        rows=run.ppo.prompts * run.ppo.group // run.ppo.minibatches // run.ppo.micro_batches,
         updates=run.ppo.epochs * run.ppo.minibatches,
     )
     init = partial(recipe.init, critic=judge.params) if judge is not None and starts_critic else recipe.init

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl import runs
+from jaxrl.data import preferences
 from jaxrl.display import Display
 from jaxrl.posttrain import kto, preference, task, update
 from jaxrl.posttrain.kto import KTOConfig
@@ -30,7 +31,18 @@ class DPORun(RunOptions):
     optimizer: update.OptimizerConfig = dataclasses.field(
         default_factory=lambda: update.OptimizerConfig(learning_rate=5e-6, warmup_steps=10)
     )
+    packing: bool = False
+    """Several pairs share a row, each as if it were alone: less padding, the same gradient for the same pairs.
+    `dpo.batch` then counts rows."""
+    width: int = 0
+    """Tokens of a packed row; 0 takes the longest response with its prompt."""
     dpo: DPOConfig = dataclasses.field(default_factory=DPOConfig)
+
+    def __post_init__(self):
+        if self.width and not self.packing:
+            raise ValueError(f"width is {self.width}, that of packed rows; add --packing or leave it out")
+        if self.packing and self.dpo.whole_batch:
+            raise ValueError("packing puts several pairs into a row, which a sorted pairing cannot take; leave it out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +69,12 @@ def train_dpo(run: DPORun, *, resume: bool = False, display: Display | None = No
     training, held_out = (
         task.pairs_of(records, setup.task.tokenizer) for records in (setup.task.training, setup.task.held_out)
     )
-    enough(run, "pairs", run.dpo.batch, setup)
+    if run.packing:
+        training = jax.tree.map(jnp.asarray, preferences.pack_pairs(training, run.width))
+    enough(run, "packed rows" if run.packing else "pairs", run.dpo.batch, setup, rows=len(training.chosen.tokens))
     setup = with_context(setup, max(pairs.chosen.tokens.shape[1] for pairs in (training, held_out)))
-    recipe = setup.recipe(run, partial(preference.make, run.dpo), moving_reference=run.dpo.reference_every > 0)
+    rows, moving = run.dpo.batch // run.dpo.micro_batches, run.dpo.reference_every > 0
+    recipe = setup.recipe(run, partial(preference.make, run.dpo), rows=rows, moving_reference=moving)
     data, seen = preference.Referenced(training), preference.Referenced(held_out)
     if run.dpo.needs_reference:
         stored = stored_reference(run, setup, recipe.reference, [(training,), (held_out,)], resume=resume)
@@ -83,7 +98,7 @@ def train_kto(run: KTORun, *, resume: bool = False, display: Display | None = No
     mixed = kto.mismatched(training, seed=run.seed)
     widths = [batch.tokens.shape[1] for batch in (training.examples, held_out.examples, mixed)]
     setup = with_context(setup, max(widths))
-    recipe = setup.recipe(run, partial(kto.make, run.kto))
+    recipe = setup.recipe(run, partial(kto.make, run.kto), rows=run.kto.batch // run.kto.micro_batches)
     parts = [(training, mixed), (held_out, held_out.examples)]  # what is held out needs no estimate of the KL
     stored = stored_reference(run, setup, recipe.reference, parts, resume=resume)
     data, seen = (
@@ -97,9 +112,9 @@ def train_kto(run: KTORun, *, resume: bool = False, display: Display | None = No
                   max_tokens=run.max_tokens, resume=resume, display=display)  # fmt: skip
 
 
-def enough(run: RunOptions, what: str, batch: int, setup: Setup) -> None:
-    """Raises ValueError when a batch is larger than the training data."""
-    number = len(setup.task.training)
+def enough(run: RunOptions, what: str, batch: int, setup: Setup, *, rows: int | None = None) -> None:
+    """Raises ValueError when a batch is larger than the training data (of `rows`, where they are not its records)."""
+    number = len(setup.task.training) if rows is None else rows
     if batch > number:
         raise ValueError(
             f"a step takes {batch} {what} and {run.data} leaves {number} for training "
@@ -126,8 +141,6 @@ def stored_reference(
     if not resume:
         runs.check_new(run.out)
     params = setup.reference()
-    if setup.mesh is not None:
-        params = jax.device_put(params, setup.shardings(params))
     found, program = {}, jax.jit(lambda params, part: _own_fields(reference(params, *part)))
     for name, part in zip(("training", "held_out"), parts, strict=True):
         found |= {f"{name}_{field}": np.asarray(values) for field, values in program(params, part).items()}

@@ -60,7 +60,7 @@ def train_rm(run: RMRun, *, resume: bool = False, display: Display | None = None
         width = max(part.chosen.tokens.shape[1] for part in (training, held_out))
     setup = with_context(setup, width)
     model = setup.model
-    recipe = setup.recipe(run, partial(reward_model.make, run.rm))
+    recipe = setup.recipe(run, partial(reward_model.make, run.rm), rows=run.rm.batch // run.rm.micro_batches)
     if isinstance(held_out, Steps):
         scores = jax.jit(lambda params: reward_model.token_scores(model, params, held_out.examples))
         evaluation = _step_evaluation(setup.task.held_out, held_out, scores)

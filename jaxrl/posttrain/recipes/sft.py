@@ -42,7 +42,7 @@ def train_sft(run: SFTRun, *, resume: bool = False, display: Display | None = No
         fate = {"drop": "dropped", "cut": "cut"}[run.sft.overlong]
         (display or Display()).note(f"{overlong} examples are longer than {run.sft.width} tokens and were {fate}")
     setup = with_context(setup, examples.tokens.shape[1])
-    recipe = setup.recipe(run, partial(sft.make, run.sft))
+    recipe = setup.recipe(run, partial(sft.make, run.sft), rows=run.sft.batch // run.sft.micro_batches)
     evaluation = None
     if all("answer" in record and "prompt" in record for record in setup.task.held_out):
         evaluation = exact_evaluation(setup, run.max_tokens)

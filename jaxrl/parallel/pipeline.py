@@ -1,0 +1,99 @@
+"""Layers in stages: a pipeline over the mesh axis `stage`."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxrl.kernels.attention import Mask
+from jaxrl.nets.layers import RMSNorm
+from jaxrl.nets.rope import rotation
+from jaxrl.nets.transformer import TransformerConfig, stack, windowed
+from jaxrl.parallel.experts import experts_on
+from jaxrl.parallel.sharding import BATCH, rows_over
+
+
+def pipelined(
+    config: TransformerConfig,
+    mesh: Mesh,
+    attend: Callable,
+    params: Any,
+    tokens: jax.Array,
+    positions: jax.Array,
+    mask: Mask,
+    *,
+    micro_batches: int | None = None,
+) -> jax.Array:
+    """Hidden states [B, T, D] of a Transformer whose layers are divided over the stages.
+
+    (GPipe: Huang et al. 2019, arXiv:1811.06965; as one program over a buffer with a place for each stage: Xu et al.
+    2021, arXiv:2105.04663, section 3.3.) At every tick each stage runs its layers on its place, then the places move on
+    by one. With S stages and M micro-batches there are M + S - 1 ticks, of which each stage wastes S - 1; the backward
+    pass runs through them in reverse.
+
+    Args:
+      config, attend: of the network.
+      mesh: of `make_mesh`.
+      params: of the network; the layers' [L, ...].
+      tokens: [B, T], or embeddings [B, T, D]. positions: [B, T].
+      mask: its arrays [B|1, ...].
+      micro_batches: M, a divisor of the rows on a device; None takes the largest up to four for each stage.
+
+    Raises:
+      ValueError: micro_batches that do not divide the rows.
+    """
+    stages, b = mesh.shape["stage"], tokens.shape[0]
+    parts = _micro_batches(mesh, b, micro_batches)
+    batch = rows_over(mesh, b // parts)
+    dtypes: dict[str, Any] = {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
+    if tokens.ndim == 3:
+        x = tokens.astype(config.dtype)
+    else:
+        x = nn.Embed(config.vocab_size, config.width, **dtypes).apply({"params": params["embed"]}, tokens)
+    cos, sin = rotation(positions, config.head_size, base=config.rope_base, scaling=config.rope_scaling)
+    each = config.layers // stages
+    layers = stack(config, attend, experts_on(mesh), layers=each, unroll=config.unroll)
+    number = jnp.arange(each)
+
+    def stage(params, near, x, given):
+        cos, sin, mask = given
+        (x, _, _), _ = layers.apply({"params": params}, (x, None, None), number, near, cos, sin, mask, 0)
+        return x
+
+    of_stage = lambda a: a.reshape(stages, each, *a.shape[1:])
+    of_part = lambda a: jnp.swapaxes(a.reshape(a.shape[0] // parts, parts, *a.shape[1:]), 0, 1)
+    own, near = jax.tree.map(of_stage, (params["layers"], windowed(config)))
+    x, (cos, sin) = of_part(x), jax.tree.map(of_part, (cos, sin))
+    varying = lambda a: of_part(a) if a.shape[0] == b > 1 else jnp.broadcast_to(a[None], (parts, *a.shape))
+    given = (cos, sin, jax.tree.map(varying, mask))
+    place = NamedSharding(mesh, P("stage", batch, "context"))
+
+    def tick(places, time):
+        entering = jax.lax.dynamic_index_in_dim(x, jnp.minimum(time, parts - 1))
+        places = jnp.concatenate([entering, places[:-1]])
+        at = jnp.clip(time - jnp.arange(stages), 0, parts - 1)
+        here = jax.tree.map(lambda a: a[at], given)
+        run = jax.vmap(stage, spmd_axis_name="stage")
+        places = jax.lax.with_sharding_constraint(run(own, near, places, here), place)
+        return places, places[-1]
+
+    places = jax.lax.with_sharding_constraint(jnp.zeros((stages, *x.shape[1:]), x.dtype), place)
+    _, left = jax.lax.scan(tick, places, jnp.arange(parts + stages - 1))
+    y = jnp.swapaxes(left[stages - 1 :], 0, 1)
+    y = y.reshape(b, *y.shape[2:])
+    norm: Any = RMSNorm(config.norm_eps, config.dtype, config.param_dtype)
+    return norm.apply({"params": params["norm"]}, y)
+
+
+def _micro_batches(mesh: Mesh, rows: int, wanted: int | None) -> int:
+    own = rows // math.prod(mesh.shape[axis] for axis in rows_over(mesh, rows, BATCH))
+    if wanted is None:
+        return max(m for m in range(1, 4 * mesh.shape["stage"] + 1) if own % m == 0)
+    if wanted < 1 or own % wanted:
+        raise ValueError(f"micro_batches is {wanted} and a device has {own} rows; choose a divisor of {own}")
+    return wanted

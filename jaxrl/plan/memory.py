@@ -1,0 +1,124 @@
+"""Bytes on one device, by kind, at the worst moment of a step."""
+
+import dataclasses
+import math
+
+from jaxrl.plan.work import Work, bytes_of, heads_of, layer_matrices, own_parameters, rows_parts, table_entries
+
+MOMENTS = {"float32": 8.0, "bfloat16": 4.0, "int8": 2.03}
+"""Bytes of Adam's two moments a parameter."""
+
+
+def held(work: Work) -> dict[str, float]:
+    """What lives from step to step: parameters, optimizer and reference."""
+    c = work.config
+    divided, whole = (own_parameters(c, work.mesh, fsdp=fsdp) for fsdp in (True, False))
+    mine = (divided if work.zero == 3 else whole) * bytes_of(c.param_dtype)
+    parts = {"parameters": float(mine), "optimizer": divided * MOMENTS[work.optimizer]}
+    return {**parts, "reference": float(mine)} if work.reference else parts
+
+
+def train_memory(work: Work) -> dict[str, float]:
+    """Bytes at the peak of a train step.
+
+    data: the batch, on every device; of grpo only its own rows. activations: what the layers keep for the backward
+    pass. Then the larger of two moments. At the head: the unembedding whole on every device of fsdp, as stored and in
+    the compute type, or that and its gradient. In a layer's backward pass: gradients in the parameters' type, the
+    layer's matrices and their gradients whole, and `working` numbers a token. With micro-batches a sum of gradients
+    lives through both.
+    """
+    c, mesh = work.config, work.mesh
+    compute, stored = bytes_of(c.dtype), bytes_of(c.param_dtype)
+    gradient = float(own_parameters(c, mesh, fsdp=work.zero > 1) * stored)
+    table = table_entries(c, mesh)
+    whole = stored if mesh["fsdp"] > 1 and stored != compute else compute
+    head = table * (whole + compute) + 3 * work.own_tokens * c.width * compute
+    matrices = layer_matrices(c) / c.layers / mesh["tensor"] * compute
+    layer = 2 * matrices + work.own_tokens * working(work) * compute
+    data = work.rows * work.length * 8.0
+    sums = gradient if work.micro_batches > 1 else 0.0
+    busy = {"gradients": sums + gradient, "temporaries": layer}
+    if head > gradient + layer:
+        busy = {"gradients": sums, "temporaries": head}
+    return {
+        **held(work),
+        "data": data / rows_parts(mesh) if work.task == "grpo" else data,
+        "activations": work.own_tokens * c.layers / mesh["stage"] * kept(work) * compute,
+        **busy,
+    }
+
+
+def kept(work: Work) -> float:
+    """Numbers a token and layer that are kept for the backward pass.
+
+    "full": the residual stream. "dots": it and the results of the products. "none": also what norms (in float32),
+    rotations and SwiGLU leave.
+    """
+    c, t = work.config, work.mesh["tensor"]
+    heads, keys = (size / t for size in heads_of(c))
+    return {
+        "full": c.width,
+        "dots": 3 * c.width + heads + 2 * keys + 2 * c.ffn / t,
+        "none": 16 * c.width + 3 * heads + 2 * keys + 6 * c.ffn / t,
+    }[c.remat]
+
+
+def working(work: Work) -> float:
+    """Numbers a token that live while the backward pass is in one layer, about: fitted to what libtpu needs."""
+    c, t = work.config, work.mesh["tensor"]
+    heads, keys = (size / t for size in heads_of(c))
+    return 5.5 * c.width + 4 * heads + 4 * keys + 5 * c.ffn / t
+
+
+def cache_bytes(work: Work) -> float:
+    """Keys and values of the sampler: rows over data, fsdp, expert and context, heads over tensor."""
+    c, mesh = work.config, work.mesh
+    kind = c.cache_dtype or c.dtype
+    size = c.head_size + 4 if kind == "int8" else c.head_size * bytes_of(kind)
+    rows = math.ceil(work.batch / (rows_parts(mesh) * mesh["context"]))
+    return 2.0 * c.layers * rows * c.kv_heads / mesh["tensor"] * work.length * size
+
+
+def sample_memory(work: Work) -> dict[str, float]:
+    """Bytes while sampling: what training holds, a copy of the parameters where the sampler has a mesh of its own, the
+    cache, and for a step the unembedding, one layer's matrices and the logits.
+    """
+    one = work.sampling
+    c, mesh = one.config, one.mesh
+    compute = bytes_of(c.dtype)
+    rows = one.batch / rows_parts(mesh) / mesh["context"]
+    stored = bytes_of(c.param_dtype)
+    table = table_entries(c, mesh) * (compute + stored * (mesh["fsdp"] > 1 and stored != compute))
+    matrices = table + layer_matrices(c) / c.layers * compute / mesh["tensor"]
+    copy = {"sampler's copy": float(own_parameters(c, mesh) * stored)} if work.sampler_mesh else {}
+    return {
+        **held(work),
+        **copy,
+        "cache": cache_bytes(one),
+        "temporaries": matrices + 3 * rows * c.vocab_size / mesh["tensor"] * 4,
+    }
+
+
+def memories(work: Work) -> dict[str, dict[str, float]]:
+    """Bytes by kind of each phase of a step."""
+    train = {"train": train_memory(work)}
+    return {**train, "sample": sample_memory(work)} if work.task == "grpo" else train
+
+
+def peak(work: Work) -> float:
+    """Bytes at the worst moment."""
+    return max(sum(parts.values()) for parts in memories(work).values())
+
+
+def largest_batch(work: Work, memory: float) -> int:
+    """The largest batch that fits into `memory` bytes a device, of those that divide; 0 if none does."""
+    parts = rows_parts(work.mesh) * work.micro_batches
+    step = math.lcm(parts, work.group)
+    fits = lambda many: peak(dataclasses.replace(work, batch=many * step)) <= memory
+    low, high = 0, 1
+    while fits(high) and high * step < 2**24:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * step
