@@ -106,8 +106,8 @@ def save_pretrained(
     words = model.tokenizer
     ids = {"bos_token_id": words.bos_id, "eos_token_id": words.eos_id, "pad_token_id": words.pad_id}
     ids = {name: i for name, i in ids.items() if i is not None}
-    config = weights.to_hugging_face(model.transformer) | ids
     tensors = weights.to_checkpoint(model.transformer, model.params)
+    config = weights.to_hugging_face(model.transformer) | ids
     files = weights.write_safetensors(folder, tensors, dtype=dtype, shard_bytes=shard_bytes)
     save_tokenizer(words, folder)
     ends = [words.eos_id, *model.ends]

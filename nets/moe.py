@@ -21,7 +21,7 @@ from jaxrl.kernels.grouped_matmul import grouped_matmul
 from jaxrl.nets.layers import Linear, SwiGLU, normal
 
 PRODUCT = "expert_product"
-"""Name, for policies of `jax.checkpoint`, of products that are as large as their inputs (not so on a mesh)."""
+"""Name, for policies of `jax.checkpoint`, of products whose rows are all in use (exchanged ones may be mostly room)."""
 FAINT = 2.0**-80
 """Scale of a load that travels as a gradient: signs survive it, squares vanish beside those of any real gradient."""
 
@@ -274,7 +274,7 @@ def balanced(config: MoEConfig, y: jax.Array, logits: jax.Array, bias: jax.Array
     layer: tokens whose prediction is not counted). Losses in this library are totals over tokens, divided once by
     their weight: with a loss that is a mean over tokens, each counted by a weight of 1, the coefficients are those of
     the papers; where n tokens count and the weight is w they are n / w times as large, as in Megatron-Core's mode of
-    losses per token.
+    losses per token (DPO counts pairs: divide coefficients by the tokens of one).
 
     Args:
       config: of the layer.

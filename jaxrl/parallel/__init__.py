@@ -1,5 +1,6 @@
 """One program on any mesh: axes, the rules that place parameters and batches on them, and a language model on them."""
 
+from jaxrl.parallel.experts import experts_on as experts_on
 from jaxrl.parallel.mesh import AXES as AXES
 from jaxrl.parallel.mesh import make_mesh as make_mesh
 from jaxrl.parallel.mesh import on_host as on_host

@@ -18,7 +18,7 @@ from jaxrl.losses import group as family
 from jaxrl.losses import kl, reduce
 from jaxrl.nets.language_model import LanguageModel
 from jaxrl.posttrain import draw, update
-from jaxrl.posttrain.rewards.host import Scored
+from jaxrl.posttrain.rewards.host import host_rewards
 from jaxrl.posttrain.rewards.length import relative_length, soft_overlong
 from jaxrl.posttrain.rollout import Sampling, completion_log_probs, rollout
 from jaxrl.posttrain.shared_prefix import group_log_probs
@@ -358,9 +358,8 @@ def hosted(
 
     def scored(state, problems: Problems):
         state, completions, rows, *seen = sample(state, problems)
-        given = reward(jax.device_get(completions), jax.device_get(rows))
-        values, parts = given if isinstance(given, Scored) else (given, {})
-        fresh = draw.Round(completions, jnp.asarray(values, jnp.float32), rows)
+        values, parts = host_rewards(reward, completions, rows)
+        fresh = draw.Round(completions, jnp.asarray(values), rows)
         return state, fresh, {**parts, **(seen[0] if seen else {})}
 
     def step(state, problems: Problems):

@@ -20,6 +20,7 @@ from jaxrl.nets.language_model import LanguageModel
 from jaxrl.posttrain import update
 from jaxrl.posttrain.grpo import Problems, summary
 from jaxrl.posttrain.preference import check_batches, in_parts, pair_metrics
+from jaxrl.posttrain.rewards.host import host_rewards
 from jaxrl.posttrain.rollout import Sampling, completion_log_probs, rollout
 from jaxrl.posttrain.task import text_of
 from jaxrl.types import Prompts, Rollout
@@ -230,8 +231,8 @@ def hosted(online: Online, scores: Callable[[Rollout, Any], Any]) -> Callable:
 
     def step(state, problems: Problems):
         completions, rows = sample(state, problems.prompts)
-        given = scores(jax.device_get(completions), jax.device_get(rows))
-        return learn(state, completions, jnp.asarray(given, jnp.float32))
+        given = host_rewards(scores, completions, rows).values
+        return learn(state, completions, jnp.asarray(given))
 
     return step
 

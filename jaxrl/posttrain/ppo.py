@@ -26,6 +26,7 @@ from jaxrl.posttrain import sft, update
 from jaxrl.posttrain.ppo_advantages import explained_variance, judge
 from jaxrl.posttrain.ppo_config import PPO_MAX as PPO_MAX
 from jaxrl.posttrain.ppo_config import PPOConfig as PPOConfig
+from jaxrl.posttrain.rewards.host import host_rewards
 from jaxrl.posttrain.rollout import completion_log_probs, rollout
 from jaxrl.posttrain.scalars import token_scalars
 from jaxrl.types import Finish, Prompts, Rollout, TokenBatch
@@ -336,8 +337,8 @@ def hosted(ppo: PPO, reward: Callable[[Rollout, Any], Any]) -> Callable:
 
     def step(state, data: Data):
         completions, rows = sample(state, data.prompts)
-        scores = reward(jax.device_get(completions), jax.device_get(rows))
-        return learn(state, completions, jnp.asarray(scores, jnp.float32), data.pretraining)
+        scores = host_rewards(reward, completions, rows).values
+        return learn(state, completions, jnp.asarray(scores), data.pretraining)
 
     return step
 

@@ -8,8 +8,8 @@ Every part lies as the kernel's axis that it shares; ranks, bottlenecks and prom
 _AXES = {  # layer -> logical axes of its inputs and outputs, as in `parallel.RULES`
     "attention/[qkv]": ("embed", "heads"),
     "attention/o": ("heads", "embed"),
-    "ffn/(gate|up)": ("embed", "ffn"),
-    "ffn/down": ("ffn", "embed"),
+    "(ffn|moe/shared)/(gate|up)": ("embed", "ffn"),
+    "(ffn|moe/shared)/down": ("ffn", "embed"),
 }
 
 

@@ -92,6 +92,9 @@ def _wanted(config: TransformerConfig) -> dict[str, tuple[str, int | None, bool,
         if path in shapes:
             for i in range(config.layers):
                 wanted[f"model.layers.{i}.{name}"] = path, i, transpose, shapes[path][1:]
+    unnamed = sorted(shapes.keys() - {path for path, *_ in wanted.values()})
+    if unnamed:
+        raise ValueError(f"no checkpoint of the Llama family has names for {', '.join(unnamed)}; keep the run folder")
     return {n: (p, i, t, shape[::-1] if t else shape) for n, (p, i, t, shape) in wanted.items()}
 
 

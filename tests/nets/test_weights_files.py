@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from jaxrl.nets import presets
 from jaxrl.nets.language_model import language_model, logits
+from jaxrl.nets.moe import MoEConfig
 from jaxrl.nets.rope import DynamicNTK, LinearScaling, Llama3Scaling, Yarn
 from jaxrl.nets.weights import (
     from_checkpoint,
@@ -457,3 +458,9 @@ def test_transformers_computes_the_same_logits_from_our_files(name, tmp_path):
     with torch.no_grad():
         wanted = theirs(torch.tensor(tokens)).logits.numpy()
     np.testing.assert_allclose(np.asarray(ours), wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_experts_have_no_names_yet():
+    config = dataclasses.replace(TINY["llama"], experts=MoEConfig(experts=2, top_k=1, ffn=8))
+    with pytest.raises(ValueError, match="no checkpoint of the Llama family has names for layers/moe/down"):
+        to_checkpoint(config, {})

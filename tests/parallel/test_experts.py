@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxrl import parallel
+from jaxrl.kernels import aot
 from jaxrl.nets import moe
 from jaxrl.nets.language_model import language_model
 from jaxrl.nets.moe import MoEConfig
@@ -88,6 +90,24 @@ def test_bfloat16_is_summed_in_float32_over_devices():
     assert got.dtype == jnp.bfloat16
     error = np.abs(np.asarray(got - want, np.float32))
     np.testing.assert_array_less(error, 2.0**-6 * np.abs(np.asarray(want, np.float32)).max())
+
+
+@pytest.mark.skipif(aot.missing() is not None, reason=aot.missing() or "")
+@pytest.mark.parametrize("stages", [1, 2])
+def test_tpus_send_only_the_rows_there_are(stages):
+    """Compiled for four v5e chips, both passes; in a pipeline under its map over stages, too."""
+    sizes = [{"stage": stages, "expert": 4 // stages}.get(axis, 1) for axis in parallel.AXES]
+    mesh = aot.tpu_mesh("v5e", sizes, parallel.AXES)
+    form = experts_on(mesh)
+    shapes = (8, 64, 128), (8, 64, 2), (8, 64, 2), (8, 128, 256), (8, 128, 256), (8, 256, 128)
+    dtypes = "bfloat16", "int32", "float32", *["bfloat16"] * 3
+    if stages > 1:
+        form = jax.vmap(form, spmd_axis_name="stage")
+        shapes = [(stages, *shape) for shape in shapes]
+    given = [jax.ShapeDtypeStruct(*pair) for pair in zip(shapes, dtypes, strict=True)]
+    loss = lambda *arrays: jnp.sum(form(*arrays).astype(jnp.float32))
+    text = aot.compile_for(mesh, jax.value_and_grad(loss, (0, 2, 3, 4, 5)), *given).as_text()
+    assert len(re.findall(r"= \S+ ragged-all-to-all", text)) == 4
 
 
 # networks

@@ -339,10 +339,10 @@ def drive(
     if jit:
         jax.eval_shape(step, shapes, data)  # what does not fit together is found before anything is written
     _check_processes(run, data, jit=jit)
-    processes.on_main(partial(_begin, folder, kind, run, setup, max_tokens=max_tokens, resume=resume))
+    written = processes.on_main(partial(_begin, folder, kind, run, setup, max_tokens=max_tokens, resume=resume))
     if setup.mesh is not None:
         processes.on_main(lambda: (folder / runs.SHARDING).write_text(setup.report(shapes) + "\n"))
-    processes.same(f"run folder {folder}, or none (all must see it)", _checksum(folder / runs.CONFIG))
+    processes.same(f"run folder {folder}, or none (all must see it)", _seen(folder / runs.CONFIG, written))
     state, done = _initial_state(folder, init, key, setup, begin and partial(begin, problems=data))
     if setup.mesh is not None and jit:
         data = processes.everywhere(data, NamedSharding(setup.mesh, PartitionSpec()))
@@ -448,9 +448,12 @@ def drive(
     return Outcome(folder, processes.on_main(finish), state)
 
 
-def _checksum(file: Path) -> int:
-    """Of a file's content; 0 where there is none."""
-    return zlib.crc32(file.read_bytes()) if file.is_file() else 0
+def _seen(file: Path, expected: int, *, seconds: float = 60.0) -> int:
+    """Checksum of a file, 0 of none; a network file system gets some time to show the one that was written."""
+    until = time.monotonic() + seconds
+    while (found := zlib.crc32(file.read_bytes()) if file.is_file() else 0) != expected and time.monotonic() < until:
+        time.sleep(1.0)
+    return found
 
 
 def _display() -> Display:
@@ -478,8 +481,8 @@ def _check_processes(run: RunOptions, data: Any, *, jit: bool) -> None:
     processes.same("options, data or versions", zlib.crc32(f"{said} {sums}".encode()))
 
 
-def _begin(folder: Path, kind: str, run: RunOptions, setup: Setup, *, max_tokens: int, resume: bool) -> None:
-    """Checks the run folder and writes what makes it one."""
+def _begin(folder: Path, kind: str, run: RunOptions, setup: Setup, *, max_tokens: int, resume: bool) -> int:
+    """Checks the run folder and writes what makes it one; the checksum of its config."""
     if resume:
         runs.read_config(folder)
         runs.check_origin(folder, setup.origin)
@@ -497,6 +500,7 @@ def _begin(folder: Path, kind: str, run: RunOptions, setup: Setup, *, max_tokens
         origin=setup.origin,
     )
     runs.write_config(folder, kind, run)
+    return zlib.crc32((folder / runs.CONFIG).read_bytes())
 
 
 def _initial_state(

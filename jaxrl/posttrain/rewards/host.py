@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxrl.parallel import processes
 from jaxrl.posttrain.rewards.combine import call_async, numbers
 from jaxrl.types import Finish, Rollout
 
@@ -16,6 +17,24 @@ class Scored(NamedTuple):
 
     values: np.ndarray
     metrics: dict[str, float]
+
+
+def host_rewards(reward: Callable, completions: Any, rows: Any) -> Scored:
+    """What `reward(completions on the host, rows)` gives, called on process 0 and known to all.
+
+    Args:
+      reward: gives `Scored`, or `[B]` numbers alone.
+      completions, rows: pytrees of arrays, wherever they lie.
+    """
+    given = processes.fetch((completions, rows))
+
+    def call():
+        found = reward(*given)
+        found = found if isinstance(found, Scored) else Scored(found, {})
+        return np.asarray(found.values, np.float32).tolist(), {k: float(v) for k, v in found.metrics.items()}
+
+    values, metrics = processes.on_main(call)
+    return Scored(np.asarray(values, np.float32), metrics)
 
 
 def score(

@@ -1,0 +1,236 @@
+"""Networks with experts: first dense layers, cached decode, recomputation, the loops, adapters, published sizes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl import config as configuration
+from jaxrl import loop
+from jaxrl.nets import adapters
+from jaxrl.nets.language_model import language_model
+from jaxrl.nets.moe import GATINGS, MoEConfig
+from jaxrl.nets.transformer import TransformerConfig, router_statistics
+from jaxrl.posttrain import grpo, preference, sft, update
+from jaxrl.posttrain.rollout import Sampling
+from jaxrl.types import Pairs, Prompts, TokenBatch
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile
+jit = functools.partial(jax.jit, compiler_options=QUICK)
+replace = dataclasses.replace
+
+
+def draw(*shape, seed=0, std=1.0):
+    return np.random.default_rng([seed, *shape]).normal(0, std, shape).astype(np.float32)
+
+
+DECODER = {"vocab_size": 16, "width": 16, "layers": 3, "heads": 4, "kv_heads": 2, "ffn": 24, "max_length": 32}
+GATING = replace(GATINGS["deepseek_v3"], experts=12, top_k=4, ffn=6, shared=6, groups=4, top_groups=2, first_dense=1)
+
+
+@functools.cache
+def network(gating=GATING, **changes):
+    """(config, model, params), kernels spread out."""
+    config = TransformerConfig(**(DECODER | changes), experts=gating)
+    model = language_model(config)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    scale = lambda path, x: jnp.asarray(
+        (path[-1].key == "scale") + draw(*x.shape, seed=len(jax.tree_util.keystr(path)), std=0.2), x.dtype
+    )
+    return config, model, jax.tree.map_with_path(scale, shapes)
+
+
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 16, (2, 10)), jnp.int32)
+
+
+def test_the_tree_and_the_first_dense_layers():
+    _, _, params = network()
+    assert set(params["dense_layers"]) == {"attention_norm", "attention", "ffn_norm", "ffn"}
+    assert params["dense_layers"]["ffn"]["up"]["kernel"].shape == (1, 16, 24)
+    assert params["layers"]["moe"]["gate"].shape == (2, 12, 16, 6)
+    assert params["layers"]["moe"]["bias"].dtype == jnp.float32
+    all_dense = jax.eval_shape(network(replace(GATING, first_dense=3))[1].init, jax.random.key(0))
+    assert "layers" not in all_dense and all_dense["dense_layers"]["ffn"]["up"]["kernel"].shape == (3, 16, 24)
+
+
+def test_two_stacks_are_the_same_network_as_one():
+    """Experts that are copies of the dense layer, weighted by 1: as if every layer were dense."""
+    copies = MoEConfig(3, 2, 24, normalise=True, first_dense=1)
+    _, model, params = network(copies)
+    plain, whole = language_model(TransformerConfig(**DECODER)), dict(params)
+    first, rest = whole.pop("dense_layers"), dict(params["layers"])
+    rest.pop("moe")
+    ffn = jax.tree.map(lambda a: jnp.concatenate([a, a, a]), first["ffn"])
+    moe_params = {name: jnp.repeat(ffn[name]["kernel"][:2, None], 3, axis=1) for name in ("gate", "up", "down")}
+    params = params | {"layers": params["layers"] | {"moe": params["layers"]["moe"] | moe_params}}
+    whole["layers"] = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), {**first, "ffn": None}, {**rest, "ffn": None})
+    whole["layers"]["ffn"] = ffn
+    want, got = jit(lambda p: plain.apply(p, TOKENS)[0])(whole), jit(lambda p: model.apply(p, TOKENS)[0])(params)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@functools.cache
+def full_forward():
+    _, model, params = network()
+    return jit(model.apply)(params, TOKENS)[0]
+
+
+def test_cached_decode_equals_the_full_forward():
+    _, model, params = network()
+    apply, full = jit(model.apply), full_forward()
+    cache, out = model.init_cache(2, 10), []
+    for start, end in ((0, 8), (8, 9), (9, 10)):
+        hidden, cache = apply(params, TOKENS[:, start:end], cache=cache)
+        out.append(hidden)
+    np.testing.assert_allclose(jnp.concatenate(out, axis=1), full, atol=2e-5)
+
+
+@functools.cache
+def sft_gradient(micro_batches=1, **changes):
+    """Loss, metrics and gradient of a row of 6 tokens and one of 10."""
+    _, model, params = network(**changes)
+    batch = TokenBatch(TOKENS, jnp.ones((2, 10)).at[0, 6:].set(0))
+    value = functools.partial(update.value_and_grad, functools.partial(sft.loss, model), micro_batches=micro_batches)
+    return jit(value)(params, batch)
+
+
+def assert_close(got, want):
+    """Each leaf within 1e-4 of its largest entry."""
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * float(abs(b).max())), got, want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_remat_changes_no_gradient(remat):
+    got, want = sft_gradient(layers=2, remat=remat)[2], sft_gradient(layers=2)[2]
+    assert_close(got, want)
+
+
+def test_micro_batches_add_up():
+    """Exactly, as balance is counted in rows here; over the whole pass it would be that of each part."""
+    whole = sft_gradient(layers=2)[2]
+    assert_close(sft_gradient(2, layers=2)[2], whole)
+    assert np.any(whole["layers"]["moe"]["bias"])
+
+
+@pytest.mark.slow
+def test_padding_does_not_count():
+    """Rows are padded on the right: their loads, like their gradients, are those of the rows without padding."""
+    _, model, params = network(layers=2)
+    whole = sft_gradient(layers=2)[2]
+    alone = [TokenBatch(TOKENS[:1, :6], jnp.ones((1, 6))), TokenBatch(TOKENS[1:], jnp.ones((1, 10)))]
+    total = lambda p, batch: sft.loss(model, p, batch)[0].total
+    summed = [jit(jax.grad(total))(params, batch) for batch in alone]
+    for name in ("bias", "router"):
+        got, a, b = (tree["layers"]["moe"][name] for tree in (whole, *summed))
+        assert_close(jax.tree.map(lambda g: g * (5 + 9), got), jax.tree.map(jnp.add, a, b))
+
+
+def test_sft_trains_experts_and_evens_them_out():
+    """The loops are what they were; the loss falls, and the bias moves by its rate."""
+    config, model, params = network(layers=2)
+    optimizer = update.make_optimizer(update.OptimizerConfig(learning_rate=1e-2, router_bias_rate=0.05))
+    recipe = sft.make(sft.SFTConfig(batch=2), model, optimizer)
+    data = TokenBatch(TOKENS, jnp.ones((2, 10)))
+    state = recipe.init(jax.random.key(0), params)
+    run = jit(lambda state: jax.lax.scan(lambda s, _: recipe.step(s, data), state, length=30))
+    state, metrics = run(state)
+    assert metrics["train/loss"][-1] < 0.5 * metrics["train/loss"][0] and int(state.skipped) == 0
+    moved = np.asarray(state.params["layers"]["moe"]["bias"] - params["layers"]["moe"]["bias"])
+    np.testing.assert_allclose(moved / 0.05, np.round(moved / 0.05), atol=1e-3)
+    assert np.abs(moved).max() > 0.2
+    statistics = jit(lambda p: router_statistics(config, p, TOKENS))
+    before, after = statistics(params), statistics(state.params)
+    assert before.load.shape == (1, 12) and after.max_violation[0] < before.max_violation[0]
+
+
+@pytest.mark.slow
+def test_grpo_trains_experts():
+    """Sampler and trainer agree on policy, the reward (even tokens) rises, and the biases move."""
+    _, model, params = network(layers=2)
+    problems = grpo.Problems(Prompts(TOKENS[:, :4], jnp.array([2, 4])), jnp.zeros(2))
+    config = grpo.GRPOConfig(prompts=2, group=8, kl_coef=0.0, sampling=Sampling(max_tokens=8))
+    optimizer = update.make_optimizer(update.OptimizerConfig(learning_rate=1e-2))
+    recipe = grpo.make(config, model, optimizer, eos_id=1, pad_id=0)
+    even = lambda rollout, _: ((rollout.completions % 2 == 0) * rollout.mask).sum(1) / rollout.lengths
+    step = grpo.fused(recipe, even, config)
+    (result,) = loop.run(step, recipe.init(jax.random.key(0), params), problems, steps=30, chunk=30)
+    np.testing.assert_allclose(result.metrics[0]["policy/ratio_mean"], 1.0, atol=1e-4)
+    assert result.metrics[-1]["reward/mean"] > result.metrics[0]["reward/mean"] + 0.2
+    assert np.any(result.state.params["layers"]["moe"]["bias"] != params["layers"]["moe"]["bias"])
+
+
+@pytest.mark.slow
+def test_dpo_trains_experts():
+    _, model, params = network(layers=2)
+    ones = jnp.ones((2, 10)).at[:, :4].set(0)
+    pairs = Pairs(TokenBatch(TOKENS, ones), TokenBatch(TOKENS.at[:, 4:].set(TOKENS[::-1, 4:]), ones))
+    optimizer = update.make_optimizer(update.OptimizerConfig(learning_rate=1e-3))
+    recipe = preference.make(preference.DPOConfig(batch=2), model, optimizer)
+    data = recipe.reference(params, pairs)
+    (result,) = loop.run(recipe.step, recipe.init(jax.random.key(0), params), data, steps=20, chunk=20)
+    losses = [row["train/loss"] for row in result.metrics]
+    np.testing.assert_allclose(losses[0], np.log(2), rtol=1e-4)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_adapters_on_the_attention_of_experts():
+    _, model, params = network()
+    adapter = adapters.lora(adapters.LoRAConfig(rank=2, targets=("q", "v")))
+    adapted = adapters.adapt(model, params, adapter)
+    own = adapted.init(jax.random.key(0))
+    assert set(own) == {"dense_layers", "layers"}
+    np.testing.assert_allclose(jit(adapted.apply)(own, TOKENS)[0], full_forward(), rtol=1e-5, atol=1e-6)
+
+
+def equations(jaxpr):
+    inner = [v for e in jaxpr.eqns for v in jax.tree.leaves(list(e.params.values())) if hasattr(v, "jaxpr")]
+    return len(jaxpr.eqns) + sum(equations(getattr(v, "jaxpr", v)) for v in inner)
+
+
+def test_the_program_does_not_grow_with_depth():
+    sizes = set()
+    for layers, first in ((3, 1), (40, 3)):
+        model = language_model(
+            TransformerConfig(**(DECODER | {"layers": layers}), experts=replace(GATING, first_dense=first))
+        )
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        sizes.add(equations(jax.make_jaxpr(jax.grad(lambda p: model.apply(p, TOKENS)[0].sum()))(shapes).jaxpr))  # noqa: B023
+    assert len(sizes) == 1
+
+
+def test_configs_survive_json():
+    config = TransformerConfig(**DECODER, experts=GATING)
+    assert configuration.from_json(TransformerConfig, configuration.to_json(config)) == config
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def test_parameters_of_published_models():
+    """Mixtral 8x7B, Qwen1.5-MoE-A2.7B, Qwen3-30B-A3B whole; DeepSeek-V2-Lite with its attention counted by hand."""
+    published = {
+        46_702_792_704: {"vocab_size": 32000, "width": 4096, "layers": 32, "heads": 32, "kv_heads": 8, "ffn": 14336,
+                         "experts": GATINGS["mixtral"]},
+        14_315_784_192: {"vocab_size": 151936, "width": 2048, "layers": 24, "heads": 16, "kv_heads": 16, "ffn": 5632,
+                         "qkv_bias": True, "experts": GATINGS["qwen_moe"]},
+        30_532_122_624: {"vocab_size": 151936, "width": 2048, "layers": 48, "heads": 32, "kv_heads": 4, "head_dim": 128,
+                         "qk_norm": True, "ffn": 6144, "experts": GATINGS["qwen3_moe"]},
+    }  # fmt: skip
+    for number, sizes in published.items():
+        assert count(jax.eval_shape(language_model(TransformerConfig(**sizes)).init, jax.random.key(0))) == number
+    lite = TransformerConfig(vocab_size=102400, width=2048, layers=27, heads=16, kv_heads=16, ffn=10944,
+                             experts=GATINGS["deepseek_v2_lite"])  # fmt: skip
+    tree = jax.eval_shape(language_model(lite).init, jax.random.key(0))
+    ours = count(tree) - sum(count(tree[stack]["attention"]) for stack in ("dense_layers", "layers"))
+    latent = 2048 * 16 * 192 + 2048 * (512 + 64) + 512 + 512 * 16 * (128 + 128) + 16 * 128 * 2048
+    assert ours + 27 * latent == 15_706_484_224
+
+
+def test_more_dense_layers_than_layers():
+    with pytest.raises(ValueError, match="first_dense is 4, but there are 3 layers"):
+        TransformerConfig(**DECODER, experts=replace(GATING, first_dense=4))
