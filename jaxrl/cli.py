@@ -7,7 +7,6 @@ import json
 import os
 import shlex
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
@@ -469,11 +468,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _ended("nobody reads its output any more", 0)
-    except Exception as error:
-        if not _several():
-            raise
-        traceback.print_exc()
-        return _ended(f"{type(error).__name__}: {error}", 1)
     return 0
 
 

@@ -17,6 +17,7 @@ GLOSSARY = {
     "reward/zero_std": "fraction of groups whose rewards are all equal, which teach nothing",
     "policy/entropy": "mean entropy of the next-token distribution, nats",
     "policy/kl": "mean of the named estimator of KL(policy || reference) per token, nats",
+    "time/slowest_process": "seconds of the slowest process over the median of the others, waiting left out",
     "policy/lag": "updates between the policy that drew the batch and the one that learns from it",
     "policy/ratio_mean": "mean of new / old probability; exactly 1 on policy",
     "policy/clip_low": "fraction of tokens whose ratio was clipped below (negative advantage)",

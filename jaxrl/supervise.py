@@ -19,7 +19,7 @@ STARTED = (
     "JAX_COORDINATOR_ADDRESS",
     "SLURM_STEP_NODELIST",
     "OMPI_COMM_WORLD_SIZE",
-    "TPU_WORKER_HOSTNAMES",
+    "MEGASCALE_COORDINATOR_ADDRESS",
     "JOB_COMPLETION_INDEX",
 )
 """Environment variables that launchers of several processes set."""
@@ -29,7 +29,9 @@ def is_due() -> bool:
     """Whether this process was started beside others and has no parent of this kind yet."""
     if PARENT in os.environ or os.environ.get("JAX_NUM_PROCESSES") == "1":
         return False
-    return any(name in os.environ for name in STARTED)
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    several = "," in hosts and not hosts.startswith("WARNING")  # of libtpu, where there is no TPU
+    return several or any(name in os.environ for name in STARTED)
 
 
 def supervise(command: Sequence[str], *, again: str) -> int:

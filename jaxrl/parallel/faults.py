@@ -3,6 +3,7 @@
 A process that dies without a word (SIGKILL, a lost host) is noticed by `jax.distributed` alone: see `initialise`.
 """
 
+import atexit
 import contextlib
 import functools
 import os
@@ -54,9 +55,9 @@ class Pace(NamedTuple):
 def meet(*, stop: bool, host: float, chunk: float) -> Pace:
     """What the processes tell each other once a chunk.
 
-    Inside a program all wait for the slowest, so the seconds of a chunk are the same for all. A process is judged by
-    `host + chunk * probe / slowest probe`: its seconds between programs, and what of the chunk its own devices needed,
-    if a small product (`probe`) tells their speeds.
+    Inside a program all wait for the slowest, and for whoever begins it late, so the seconds of a chunk say nothing of
+    one process. It is judged by `host + shortest chunk * probe / slowest probe`: its seconds between programs, and what
+    its own devices needed of the chunk, if a small product (`probe`) tells their speeds.
 
     Args:
       stop: whether this process was told to stop.
@@ -67,7 +68,7 @@ def meet(*, stop: bool, host: float, chunk: float) -> Pace:
         return Pace(stop, 0, 1.0, 0.0)
     told = np.asarray([stop, host, chunk, _probe()], np.float32)
     stops, hosts, chunks, probes = np.asarray(multihost_utils.process_allgather(told)).T
-    return judge(stops > 0, hosts + chunks * probes / probes.max())
+    return judge(stops > 0, hosts + chunks.min() * probes / probes.max())
 
 
 def judge(stops: np.ndarray, seconds: np.ndarray) -> Pace:
@@ -99,14 +100,21 @@ def _probe_program() -> tuple[Callable, list[jax.Array]]:
 
 @contextlib.contextmanager
 def preemption() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM only sets a flag, which the function that is given reads. Outside the main thread: never set."""
+    """Inside, SIGTERM only sets a flag, which the function that is given reads. Outside the main thread: never set.
+
+    After `Preempted` it stays so: a launcher may tell each process, and one of them late.
+    """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    note = lambda *_: asked.set()
+    before = signal.signal(signal.SIGTERM, note)
     try:
         yield asked.is_set
+    except Preempted:
+        before = note
+        raise
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
@@ -136,20 +144,39 @@ def fail(message: str, status: int, *, patience: float = 10.0) -> None:
 
 
 def watch() -> None:
-    """Starts a thread that ends this process after another one has failed."""
-    here = distributed.global_state.process_id
+    """Starts a thread that ends this process after another one has failed; errors that nobody catches are told, too."""
+    state: Any = distributed.global_state
+    here, over, hook = state.process_id, threading.Event(), sys.excepthook
 
     def look() -> None:
-        with contextlib.suppress(Exception):  # the run has ended
+        with contextlib.suppress(Exception):
             while not _failed():
-                time.sleep(1.0)
-            time.sleep(2.0)  # an error that all make alike is told by each of them
-            if here not in _failed():
-                number, message = next(iter(_failed().items()))
-                print(f"process {here} ends, because process {number} failed: {message}", file=sys.stderr)
-                fail(f"process {number} failed", 1)
+                if over.wait(1.0):
+                    return
+            if over.wait(2.0) or here in _failed():  # an error that all make alike is told by each of them
+                return
+            number, message = next(iter(_failed().items()))
+            print(f"process {here} ends, because process {number} failed: {message}", file=sys.stderr)
+            fail(f"process {number} failed", 1)
 
-    threading.Thread(target=look, name="jaxrl-watch", daemon=True).start()
+    thread = threading.Thread(target=look, name="jaxrl-watch", daemon=True)
+    thread.start()
+
+    def uncaught(kind, error, trace) -> None:
+        hook(kind, error, trace)
+        fail(f"{kind.__name__}: {error}", 1)
+
+    def leave() -> None:
+        """No thread may be inside the client when Python ends, and process 0 answers until all have left."""
+        over.set()
+        thread.join(10.0)
+        if state.client is not None:
+            state.client.shutdown()  # waits for all
+            state.client = None
+            time.sleep(1.0 if here == 0 else 0.0)
+
+    sys.excepthook = uncaught
+    atexit.register(leave)
 
 
 def _failed() -> dict[int, str]:

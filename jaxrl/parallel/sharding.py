@@ -26,6 +26,7 @@ RULES: tuple[Rule, ...] = (
     (r"layers/(.*/)?[a-z_]*norm/scale", ("layer", None)),
     (r"norm/scale", (None,)),
     (r"head/kernel", (None,)),
+    (r"success", (None,)),
 )
 """(end of a parameter's path, as a regular expression; a logical axis for each of its dimensions). First match wins."""
 

@@ -35,7 +35,7 @@ class Chip(NamedTuple):
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "tpu", 275e12, 31.25 * GIB, 1228e9, 50e9, 6.25e9, 3, 4, (16, 16, 16), 1,
+        Chip("v4", "tpu", 275e12, 30.75 * GIB, 1228e9, 50e9, 6.25e9, 3, 4, (16, 16, 16), 1,
              (("chip_config_name", "megacore"),)),
         Chip("v5e", "tpu", 197e12, 15.75 * GIB, 819e9, 50e9, 3.125e9, 2, 16, (16, 16)),
         Chip("v5p", "tpu", 459e12, 95.74 * GIB, 2765e9, 100e9, 6.25e9, 3, 4, (16, 16, 24)),

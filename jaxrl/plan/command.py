@@ -96,7 +96,8 @@ def _sizes(spec: str, place: chips.Topology) -> dict[str, int]:
 
 
 def _start(options: Plan, place: chips.Topology) -> str | None:
-    """Why nothing can be compiled, or None. Fake CPU devices are asked for before JAX looks for devices."""
+    """Why nothing can be compiled, or None. What JAX is to look for is said before it looks: no accelerator."""
+    jax.config.update("jax_platforms", "cpu")
     if not options.compile:
         return "--no-compile"
     if place.chip.kind == "cpu":

@@ -229,7 +229,7 @@ def compile_program(name: str, program: Program, *, quick: bool = True) -> Compi
     Args:
       name: of the program.
       program: of `programs`.
-      quick: let the compiler try less hard (`JAX_OPTIMIZATION_LEVEL=O0`), which takes a quarter of the time.
+      quick: let the compiler try less hard (`JAX_OPTIMIZATION_LEVEL=O0`), for less than half the time and more memory.
 
     Raises:
       MemoryError: the program does not fit; the message is the compiler's.

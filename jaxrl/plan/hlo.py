@@ -118,7 +118,7 @@ def count(text: str, mesh: Mapping[str, int]) -> Counts:
     @functools.cache
     def total(name: str) -> tuple[float, dict, dict, dict]:
         flops, sent, calls, kernels = 0.0, defaultdict(float), defaultdict(float), defaultdict(float)
-        table = tables[name]
+        table, seen = tables[name], set()
         for one in computations[name]:
             kind = one.opcode.removesuffix("-start")
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):  # a TPU's way to write it
@@ -138,7 +138,13 @@ def count(text: str, mesh: Mapping[str, int]) -> Counts:
             for child, times in _children(one, table, tables, unknown):
                 inner = total(child)
                 flops += times * inner[0]
-                for mine, theirs in zip((sent, calls, kernels), inner[1:], strict=True):
+                # TPUs: a collective beside other work stands in the fusions that begin and end it, and in those between
+                parts = _fused(computations[child]) if one.opcode == "fusion" else set()
+                again = bool(parts) and (parts <= seen or child.startswith("async_collective_fusion"))
+                seen |= parts
+                for mine, theirs in zip(
+                    (sent, calls, kernels), ({}, {}, inner[3]) if again else inner[1:], strict=True
+                ):
                     for key, value in theirs.items():
                         mine[key] += times * value
         return flops, sent, calls, kernels
@@ -147,6 +153,12 @@ def count(text: str, mesh: Mapping[str, int]) -> Counts:
     most = sorted(sent, key=lambda key: -sent[key])
     traffic = tuple(Traffic(kind, axes, sent[kind, axes], calls[kind, axes]) for kind, axes in most)
     return Counts(flops, traffic, dict(kernels), len(unknown))
+
+
+def _fused(body: list[Instruction]) -> set[tuple[str, ...]]:
+    """The collectives that stand in a fusion: kind, channel and shape."""
+    found = [(i, re.search(r"channel_id=\d+", i.rest)) for i in body if i.opcode.removesuffix("-start") in KINDS]
+    return {(i.opcode, channel[0] if channel else i.name, i.shape) for i, channel in found}
 
 
 def _children(one: Instruction, table, tables, unknown: set) -> list[tuple[str, float]]:

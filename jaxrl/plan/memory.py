@@ -58,7 +58,7 @@ def kept(work: Work) -> float:
     heads, keys = (size / t for size in heads_of(c))
     return {
         "full": c.width,
-        "dots": 3 * c.width + heads + 2 * keys + 2 * c.ffn / t,
+        "dots": 2 * c.width + heads + 2 * keys + 2 * c.ffn / t,
         "none": 16 * c.width + 3 * heads + 2 * keys + 6 * c.ffn / t,
     }[c.remat]
 
@@ -79,9 +79,17 @@ def cache_bytes(work: Work) -> float:
     return 2.0 * c.layers * rows * c.kv_heads / mesh["tensor"] * work.length * size
 
 
+def sampler_copy(work: Work) -> dict[str, float]:
+    """The parameters once more, where the sampler has a mesh of its own; they live through the whole step."""
+    if work.sampler_mesh is None:
+        return {}
+    config = work.config
+    return {"sampler's copy": float(own_parameters(config, work.sampler_mesh) * bytes_of(config.param_dtype))}
+
+
 def sample_memory(work: Work) -> dict[str, float]:
-    """Bytes while sampling: what training holds, a copy of the parameters where the sampler has a mesh of its own, the
-    cache, and for a step the unembedding, one layer's matrices and the logits.
+    """Bytes while sampling: what training holds, the sampler's copy, the cache, and for a step the unembedding, one
+    layer's matrices and the logits.
     """
     one = work.sampling
     c, mesh = one.config, one.mesh
@@ -90,19 +98,23 @@ def sample_memory(work: Work) -> dict[str, float]:
     stored = bytes_of(c.param_dtype)
     table = table_entries(c, mesh) * (compute + stored * (mesh["fsdp"] > 1 and stored != compute))
     matrices = table + layer_matrices(c) / c.layers * compute / mesh["tensor"]
-    copy = {"sampler's copy": float(own_parameters(c, mesh) * stored)} if work.sampler_mesh else {}
     return {
         **held(work),
-        **copy,
+        **sampler_copy(work),
         "cache": cache_bytes(one),
         "temporaries": matrices + 3 * rows * c.vocab_size / mesh["tensor"] * 4,
     }
 
 
 def memories(work: Work) -> dict[str, dict[str, float]]:
-    """Bytes by kind of each phase of a step."""
-    train = {"train": train_memory(work)}
-    return {**train, "sample": sample_memory(work)} if work.task == "grpo" else train
+    """Bytes by kind of each phase of a step; a copy for the sampler is laid out while the last one is still there."""
+    copy = sampler_copy(work)
+    found = {"train": {**train_memory(work), **copy}}
+    if work.task == "grpo":
+        found["sample"] = sample_memory(work)
+    if copy:
+        found["lay out"] = {**held(work), **{f"{name}, old and new": 2 * size for name, size in copy.items()}}
+    return found
 
 
 def peak(work: Work) -> float:

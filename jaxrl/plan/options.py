@@ -27,11 +27,7 @@ Remat = Literal["none", "dots", "full"]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a step of training takes on chips that need not be here: memory, FLOPs, traffic, time, and what fits.
-
-    The programs that `jaxrl train` would run are compiled ahead of time and read; all is counted from the sizes as
-    well, so that the two check each other.
-    """
+    """What a step of training takes on chips that need not be here: counted, and read from its compiled programs."""
 
     model: str = "llama-8b"
     """smollm2-135m, llama-1b, llama-8b, llama-70b, qwen3-0.6b to qwen3-32b, ...; a wrong name lists them all."""
@@ -74,7 +70,7 @@ class Plan:
     candidates: int = 3
     """Found by --search: how many are compiled."""
     effort: Literal["quick", "full"] = "quick"
-    """Of the compiler: quick takes a quarter of the time."""
+    """Of the compiler: quick takes less than half the time, and finds programs that need a little more memory."""
     out: str = ""
     """JSON file to write; empty writes none."""
 

@@ -7,7 +7,7 @@ from typing import Any
 from jaxrl.display import Display
 from jaxrl.plan import chips, hlo
 from jaxrl.plan.compiled import Compiled
-from jaxrl.plan.memory import held, largest_batch, memories
+from jaxrl.plan.memory import held, largest_batch, memories, sampler_copy
 from jaxrl.plan.traffic import LANES, cut_fine, phases, train_traffic
 from jaxrl.plan.work import Work, model_flops, parameters, train_flops
 
@@ -29,13 +29,14 @@ def figures(work: Work, place: chips.Topology, done: Mapping[str, Compiled | str
     """
     counts, each, memory = parameters(work.config), phases(work, place), memories(work)
     seconds = sum(one.seconds for one in each.values())
-    read = {name: one if isinstance(one, str) else _read(one) for name, one in done.items()}
-    beside = sum(held(work).values()) - (0 if work.sampler_mesh else held(work)["parameters"])  # while sampling
-    needed = [
-        math.inf if isinstance(one, str) else one.memory + one.code + (0 if name == "train" else beside)
+    copy = sum(sampler_copy(work).values())
+    beside = sum(held(work).values()) - (0 if copy else held(work)["parameters"])  # while sampling
+    read = {
+        name: one if isinstance(one, str) else _read(one, copy if name == "train" else beside)
         for name, one in done.items()
-    ]
-    worst = max(needed) if needed else max(sum(parts.values()) for parts in memory.values())
+    }
+    needed = [math.inf if isinstance(one, str) else one["memory"] + one["code"] for one in read.values()]
+    worst = max([*needed, *(sum(parts.values()) for name, parts in memory.items() if not done or name == "lay out")])
     return {
         "topology": place.name,
         "devices": place.devices,
@@ -61,10 +62,13 @@ def figures(work: Work, place: chips.Topology, done: Mapping[str, Compiled | str
     }  # fmt: skip
 
 
-def _read(one: Compiled) -> dict[str, Any]:
+def _read(one: Compiled, beside: float) -> dict[str, Any]:
+    """What the compiler says; `memory` with what lives beside the program, as in the counted phases."""
     counts = one.counts
     return {
         **{name: value for name, value in one._asdict().items() if name not in ("name", "counts")},
+        "beside": beside,
+        "memory": one.memory + beside,
         "flops": counts.flops,
         "traffic": hlo.by_kind_and_axis(counts.traffic),
         "kernels": counts.kernels,
@@ -122,8 +126,9 @@ def _memory(found: Mapping[str, Any], display: Display) -> None:
         if isinstance(one, str):
             rows.append((program, one, "-", "too much"))
             continue
-        rows += [(program, f"compiled: {name}", *cells(one[name])) for name in ("arguments", "temporaries", "code")]
-        rows.append((program, "data, compiled", *cells(one["memory"])))
+        parts = ("arguments", "temporaries", "code", "beside")
+        rows += [(program, f"compiled: {name}", *cells(one[name])) for name in parts if one[name]]
+        rows.append((program, "all, compiled", *cells(one["memory"])))
     display.table(f"memory of one device: {limit / GIB:.2f} GiB", ("phase", "kind", "GiB", "of it"), rows)
 
 
@@ -132,8 +137,7 @@ def _train(found: Mapping[str, Any], display: Display) -> None:
     read = train if isinstance(train, dict) else {"traffic": {}, "kernels": {}, "unknown_loops": 0}
     rows = [(f"FLOPs of {name}", f"{flops:.4g}", "") for name, flops in found["train_flops"].items()]
     if "flops" in read:
-        inside = sorted(name for name in read["kernels"] if name.islower())
-        where = f"FLOPs outside of {', '.join(inside)}" if inside else "FLOPs"
+        where = "FLOPs outside of kernels" if any(name.islower() for name in read["kernels"]) else "FLOPs"
         rows.append((where, "", f"{read['flops']:.4g}"))
     counted, seen = found["train_traffic"], read["traffic"]
     for name in dict.fromkeys([*counted, *(name for name, size in seen.items() if size > 1e-3 * max(seen.values()))]):

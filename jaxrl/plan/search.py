@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from jaxrl import parallel
 from jaxrl.plan import chips
-from jaxrl.plan.memory import peak, sample_memory
+from jaxrl.plan.memory import memories, peak
 from jaxrl.plan.traffic import cut_fine, phases
 from jaxrl.plan.work import Work, rows_parts
 
@@ -111,7 +111,8 @@ def sampler_mesh(work: Work, place: chips.Topology) -> dict[str, int] | None:
         one = dataclasses.replace(work, sampler_mesh=sizes)
         if sizes["fsdp"] > 1 or sizes["context"] > 1 or misfit(one) or work.batch % rows_parts(sizes):
             continue
-        if sum(sample_memory(one).values()) <= place.chip.memory:
+        moments = memories(one)
+        if max(sum(moments[name].values()) for name in ("sample", "lay out")) <= place.chip.memory:
             each = phases(one, place)
             best = min(best, (each["prefill"].serial + each["decode"].serial, sizes), key=lambda pair: pair[0])
     return best[1]

@@ -119,7 +119,7 @@ def test_the_command_compiles_and_prints(tmp_path):
     for word in (
         "parameters on 8 devices of cpu:8",
         "all, counted",
-        "data, compiled",
+        "all, compiled",
         "all-gather fsdp",
         "fits",
         "bound",
@@ -196,6 +196,31 @@ def test_a_step_for_four_tpus():
     held = sum(memory.held(one).values()) + memory.train_memory(one)["data"]
     assert abs(got.arguments / held - 1) < 0.02  # arrays are padded to tiles
     assert 0.7 < memory.peak(one) / got.memory < 1.2
+
+
+@needs_tpu_compiler
+@pytest.mark.parametrize("name", ["v4:4x4x4", "v5e:4x8", "v5p:2x2x1", "v6e:4x4", "tpu7x:2x2x1", "2xv5e:4x4"])
+def test_the_compiler_knows_the_chips(name):
+    place = chips.topology(name)
+    sizes = dict.fromkeys(parallel.AXES, 1) | {"data": 2, "fsdp": place.devices // 2}
+    mesh = compiled.mesh_on(place, sizes)
+    assert mesh.size == place.devices and dict(mesh.shape) == sizes
+    if place.slices > 1:  # the outer axis crosses
+        assert [{x.slice_index for x in half.flat} for half in mesh.devices[0]] == [{0}, {1}]
+
+
+@needs_tpu_compiler
+def test_a_topology_that_only_the_compiler_refuses():
+    sizes = dict.fromkeys(parallel.AXES, 1) | {"fsdp": 15}
+    with pytest.raises(ValueError, match="topology v5e:3x5: .*not divisible"):
+        compiled.mesh_on(chips.topology("v5e:3x5"), sizes)
+
+
+def test_without_a_compiler_meshes_say_what_to_install(monkeypatch):
+    monkeypatch.setattr(aot, "missing", lambda: "the TPU compiler is missing: pip install 'jaxrl[aot]'")
+    with pytest.raises(ImportError, match="pip install"):
+        compiled.mesh_on(chips.topology("v5e:4x4"), dict.fromkeys(parallel.AXES, 1) | {"fsdp": 16})
+    assert "needs 64 devices and JAX was started with 8" in str(compiled.missing(chips.topology("cpu:64")))
 
 
 @needs_tpu_compiler

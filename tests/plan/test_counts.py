@@ -271,7 +271,11 @@ def test_the_samplers_mesh_gathers_nothing_and_fits():
     mesh = search.sampler_mesh(one, place)
     assert mesh is not None and mesh["fsdp"] == 1 and math.prod(mesh.values()) == 64
     apart = dataclasses.replace(one, sampler_mesh=mesh)
-    assert sum(memory.sample_memory(apart).values()) <= place.chip.memory
+    every = memory.memories(apart)
+    assert all(sum(every[name].values()) <= place.chip.memory for name in ("sample", "lay out"))
+    copy = every["sample"]["sampler's copy"]
+    assert every["train"]["sampler's copy"] == copy == every["lay out"]["sampler's copy, old and new"] / 2
+    assert copy == 4 * work.own_parameters(llama, mesh)
     assert traffic.phases(apart, place)["decode"].seconds < traffic.phases(one, place)["decode"].seconds
 
 

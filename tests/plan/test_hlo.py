@@ -69,6 +69,21 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
   ROOT %s = f32[2,16]{1,0:T(8,128)} dynamic-slice(%r), dynamic_slice_sizes={2,16}
 }
 
+%fused_computation.1 (p: f32[8,16]) -> f32[32,16] {
+  %p = f32[8,16]{1,0:T(8,128)} parameter(0)
+  ROOT %g1 = f32[32,16]{1,0} all-gather(%p), channel_id=9, replica_groups=[4,4]<=[2,4,2]T(0,2,1), dimensions={0}
+}
+
+%async_collective_fusion.2 (p: f32[8,16]) -> f32[32,16] {
+  %p = f32[8,16]{1,0:T(8,128)} parameter(0)
+  ROOT %g1 = f32[32,16]{1,0} all-gather(%p), channel_id=9, replica_groups=[4,4]<=[2,4,2]T(0,2,1), dimensions={0}
+}
+
+%fused_computation.3 (p: f32[8,16]) -> f32[32,16] {
+  %p = f32[8,16]{1,0:T(8,128)} parameter(0)
+  ROOT %g1 = f32[32,16]{1,0} all-gather(%p), channel_id=9, replica_groups=[4,4]<=[2,4,2]T(0,2,1), dimensions={0}
+}
+
 ENTRY %main (a: f32[8,16], b: bf16[16,32]) -> f32[8,32] {
   %a = f32[8,16]{1,0:T(8,128)} parameter(0)
   %b = bf16[16,32]{1,0:T(8,128)(2,1)} parameter(1)
@@ -80,6 +95,9 @@ ENTRY %main (a: f32[8,16], b: bf16[16,32]) -> f32[8,32] {
   %g = (f32[8,16]{1,0}, f32[16,16]{1,0}) all-gather-start(%v), channel_id=2, replica_groups=[8,2]<=[16], dimensions={0}
   %h = f32[16,16]{1,0} all-gather-done(%g)
   %f = f32[2,16]{1,0:T(8,128)} fusion(%v), kind=kCustom, calls=%all-reduce-scatter.3
+  %p1 = f32[32,16]{1,0:T(8,128)} fusion(%v), kind=kCustom, calls=%fused_computation.1
+  %p2 = f32[32,16]{1,0:T(8,128)} fusion(%v), kind=kOutput, calls=%async_collective_fusion.2
+  %p3 = f32[32,16]{1,0:T(8,128)} fusion(%v), kind=kCustom, calls=%fused_computation.3
   %k = f32[8,16]{1,0} custom-call(%v), custom_call_target="tpu_custom_call", metadata={op_name="kernel"}
   ROOT %dot = f32[8,32]{1,0:T(8,128)} dot(%v, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
 }
@@ -94,6 +112,7 @@ def test_a_program_by_hand():
         "all-reduce fsdp": 7 * 2 * size * 3 / 4,
         "reduce-scatter fsdp": size * 3 / 4,
         "all-gather tensor": size,
+        "all-gather fsdp": 3 * size,  # once, though it begins, goes on and ends in three fusions
     }
     assert {x.kind: x.count for x in found.traffic} == {"all-reduce": 7, "reduce-scatter": 1, "all-gather": 1}
     assert found.flops == 2 * 8 * 32 * 16

@@ -303,7 +303,8 @@ def greedy_evaluation(
 
     def evaluate(params):
         completions = processes.fetch(generate(params, prompts, jax.random.key(0)))
-        scores = np.asarray(score(completions), np.float32)
+        scores = processes.on_main(lambda: np.asarray(score(completions), np.float32).tolist())
+        scores = np.asarray(scores, np.float32)
         known = scores[~np.isnan(scores)]
         return float(known.mean() if known.size else np.nan), task.text_of(completions, setup.task.tokenizer), scores
 
@@ -322,13 +323,15 @@ def drive(
     max_tokens: int,
     jit: bool = True,
     begin: Callable | None = None,
+    alone: str = "",
     stop_at: float = 0.0,
     resume: bool,
     display: Display | None,
 ) -> Outcome:
     """Runs the loop between a fresh or restored state and a finished run folder.
 
-    `begin`: `(state, data) -> state`, what else is done before the first step.
+    `begin`: `(state, data) -> state`, what else is done before the first step. `alone`: what several processes cannot
+    share; empty: nothing.
     """
     folder, key = Path(run.out), jax.random.key(run.seed)
     shapes = jax.eval_shape(init, key, jax.eval_shape(setup.initial))
@@ -338,7 +341,7 @@ def drive(
         setup.shardings(shapes)
     if jit:
         jax.eval_shape(step, shapes, data)  # what does not fit together is found before anything is written
-    _check_processes(run, data, jit=jit)
+    _check_processes(run, data, alone=alone)
     written = processes.on_main(partial(_begin, folder, kind, run, setup, max_tokens=max_tokens, resume=resume))
     if setup.mesh is not None:
         processes.on_main(lambda: (folder / runs.SHARDING).write_text(setup.report(shapes) + "\n"))
@@ -461,7 +464,7 @@ def _display() -> Display:
     return Display() if processes.is_main() else Display(Console(quiet=True))
 
 
-def _check_processes(run: RunOptions, data: Any, *, jit: bool) -> None:
+def _check_processes(run: RunOptions, data: Any, *, alone: str) -> None:
     """Raises ValueError where several processes cannot do this run together, or do not mean the same one."""
     count = processes.count()
     if count == 1:
@@ -471,11 +474,8 @@ def _check_processes(run: RunOptions, data: Any, *, jit: bool) -> None:
             f"{count} processes with {jax.device_count()} devices have no mesh; give --mesh auto or "
             f"--mesh fsdp={jax.device_count()}, or start one process"
         )
-    if not jit:
-        raise ValueError(
-            f"{count} processes cannot share a step that visits Python (--reward, --tools, a judge, answers not "
-            "compared by token); start one process, or take the exact reward of a byte or char tokenizer"
-        )
+    if alone:
+        raise ValueError(f"{count} processes cannot share a run with {alone}; leave it out, or start one process")
     said = json.dumps([config.to_json(run), runs.environment()["versions"]])
     sums = [zlib.crc32(np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(data)]
     processes.same("options, data or versions", zlib.crc32(f"{said} {sums}".encode()))

@@ -153,8 +153,9 @@ def train_grpo(run: GRPORun, *, resume: bool = False, display: Display | None = 
     init, begin = partial(recipe.init, problems=len(training)), None
     if run.sampler_mesh:
         begin, step = _apart(run, setup, recipe, score if by_text else graded)
+    alone = "tools" if run.tools else "a sampler_mesh" if run.sampler_mesh else ""
     return drive("grpo", run, setup, init, step, problems, evaluation, begin=begin, max_tokens=max_tokens,
-                  jit=not by_text and begin is None, resume=resume, display=display)  # fmt: skip
+                  jit=not by_text and begin is None, alone=alone, resume=resume, display=display)  # fmt: skip
 
 
 def _apart(run: GRPORun, setup: Setup, recipe: grpo.GRPO, reward: Callable) -> tuple[Callable, Callable]:
