@@ -373,7 +373,7 @@ MODELS = {
 }
 """Runs of language models: their kind, and options and function in `jaxrl.posttrain.recipes`."""
 
-SHARED = ("grpo", "sft", "ppo-rlhf", "ppo-max", "kimi")
+SHARED = ("grpo", "sft", "rm", "ppo-rlhf", "ppo-max", "dpo", "kto", "kimi")
 """Those of them that several processes can run together."""
 
 AGENTS = {

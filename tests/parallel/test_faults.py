@@ -296,3 +296,24 @@ def test_grpo_in_two_processes(reward, whole, tmp_path):
     assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4]
     assert all(row["time/slowest_process"] >= 1 for row in rows if "train/loss" in row)
     assert checkpoint.steps(tmp_path / "grpo" / "checkpoints") == [4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dpo", "rm"])
+def test_preferences_in_two_processes(kind, whole, tmp_path):
+    """The stored reference, margins and calibration are those of one process."""
+    run, _, environment = whole
+    data, other = tmp_path / "pairs.jsonl", tmp_path / "alone"
+    rows = [{"prompt": f"{n}=", "chosen": f"{n % 10}", "rejected": f"{(n + 1) % 10}"} for n in range(100, 148)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [
+        *launch.JAXRL, "train", kind, "--init", str(run), "--data", str(data), "--held-out", "16", "--chunk", "2",
+        "--steps", "4", "--mesh", "fsdp=8", f"--{kind}.batch", "8", "--eval-every", "0",
+    ]  # fmt: skip
+    launch.run(tmp_path, *flags, "--out", str(tmp_path / "both"), **environment)
+    launch.run(tmp_path, *flags, "--out", str(other), count=1, devices=8, **environment)
+    of = lambda folder: [row for row in metrics.read(folder / "metrics.jsonl") if "train/loss" in row]
+    for one, both in zip(of(other), of(tmp_path / "both"), strict=True):
+        assert one["train/loss"] == pytest.approx(both["train/loss"], rel=1e-4)
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (other, tmp_path / "both")]
+    assert summaries[0]["pair_accuracy_after"] == summaries[1]["pair_accuracy_after"]

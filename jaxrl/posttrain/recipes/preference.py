@@ -12,6 +12,7 @@ import numpy as np
 from jaxrl import runs
 from jaxrl.data import preferences
 from jaxrl.display import Display
+from jaxrl.parallel import processes
 from jaxrl.posttrain import kto, preference, task, update
 from jaxrl.posttrain.kto import KTOConfig
 from jaxrl.posttrain.preference import DPOConfig
@@ -135,19 +136,24 @@ def stored_reference(
       {"training_FIELD", "held_out_FIELD": array}.
     """
     file = Path(run.out) / REFERENCE
-    if resume and file.is_file():
+    if resume and processes.on_main(file.is_file):
         with np.load(file) as stored:
             return {name: jnp.asarray(stored[name]) for name in stored.files}
     if not resume:
-        runs.check_new(run.out)
+        processes.on_main(lambda: runs.check_new(run.out))
     params = setup.reference()
     found, program = {}, jax.jit(lambda params, part: _own_fields(reference(params, *part)))
     for name, part in zip(("training", "held_out"), parts, strict=True):
-        found |= {f"{name}_{field}": np.asarray(values) for field, values in program(params, part).items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp.npz")
-    np.savez(temporary, **found)
-    temporary.replace(file)
+        columns = processes.fetch(program(params, part))
+        found |= {f"{name}_{field}": np.asarray(values) for field, values in columns.items()}
+
+    def keep() -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".tmp.npz")
+        np.savez(temporary, **found)
+        temporary.replace(file)
+
+    processes.on_main(keep)
     return {name: jnp.asarray(values) for name, values in found.items()}
 
 
@@ -168,7 +174,7 @@ def pair_evaluation(setup: Setup, column: str, measure: Callable, score: Callabl
     right = score or (lambda margins: np.where(margins == 0, 0.5, margins > 0).mean())
 
     def evaluate(params):
-        numbers = np.asarray(measure(params), np.float64)
+        numbers = np.asarray(processes.fetch(measure(params)), np.float64)
         return float(right(numbers)), texts, numbers
 
     return Evaluation("eval/pair_accuracy", evaluate)

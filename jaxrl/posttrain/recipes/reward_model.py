@@ -16,6 +16,7 @@ from jaxrl.data import records as data_records
 from jaxrl.data.sources import Record
 from jaxrl.data.tokenizer import Tokenizer
 from jaxrl.display import Display
+from jaxrl.parallel import processes
 from jaxrl.posttrain import reward_model, task, update
 from jaxrl.posttrain.adapter import whole
 from jaxrl.posttrain.recipes.common import Evaluation, Outcome, RunOptions, drive, prepare, with_context
@@ -71,11 +72,15 @@ def train_rm(run: RMRun, *, resume: bool = False, display: Display | None = None
         differences = margins
     outcome = drive("rm", run, setup, recipe.init, recipe.step, training, evaluation,
                     max_tokens=1, resume=resume, display=display)  # fmt: skip
-    measured = reward_model.calibration(differences(whole(outcome.state)))
-    runs.write_json(outcome.folder / RELIABILITY, measured._asdict())
-    reliability_plot(measured, outcome.folder / "reliability.png", title=f"reward model on {run.data}")
+    measured = reward_model.calibration(np.asarray(processes.fetch(differences(whole(outcome.state)))))
     summary = {**outcome.summary, "calibration_error": measured.error}
-    runs.write_json(outcome.folder / runs.SUMMARY, summary)
+
+    def finish() -> None:
+        runs.write_json(outcome.folder / RELIABILITY, measured._asdict())
+        reliability_plot(measured, outcome.folder / "reliability.png", title=f"reward model on {run.data}")
+        runs.write_json(outcome.folder / runs.SUMMARY, summary)
+
+    processes.on_main(finish)
     return outcome._replace(summary=summary)
 
 
@@ -158,7 +163,7 @@ def reliability_plot(measured: Calibration, path: str | os.PathLike, *, title: s
 def _step_differences(held_out: Steps, scores) -> np.ndarray:
     """Log-odds of each step, turned so that a positive one is right."""
     ends, signs = np.asarray(held_out.examples.loss_mask) > 0, 2 * np.asarray(held_out.correct) - 1
-    return (signs * np.asarray(scores, np.float64))[ends]
+    return (signs * np.asarray(processes.fetch(scores), np.float64))[ends]
 
 
 def _step_evaluation(rows: list[Record], held_out: Steps, scores) -> Evaluation:
