@@ -404,5 +404,17 @@ def test_bad_specs(spec, message, file):
 
 def test_every_name_has_a_place():
     assert sorted(BUILT_IN) == sorted(
-        ["exact", "format", "number", "math", "reasoning", "language", "repetition", "overlong", "cosine", "isolated"]
+        [
+            "exact",
+            "format",
+            "number",
+            "math",
+            "reasoning",
+            "language",
+            "repetition",
+            "overlong",
+            "cosine",
+            "isolated",
+            "model",
+        ]
     )
