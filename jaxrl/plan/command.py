@@ -1,5 +1,6 @@
 """`jaxrl plan`: counts, compiles, compares and prints."""
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -101,10 +102,8 @@ def _start(options: Plan, place: chips.Topology) -> str | None:
     if not options.compile:
         return "--no-compile"
     if place.chip.kind == "cpu":
-        try:
+        with contextlib.suppress(RuntimeError):  # JAX has begun: `missing` says whether with enough
             jax.config.update("jax_num_cpu_devices", place.devices)
-        except RuntimeError:
-            pass  # JAX has begun: `missing` says whether with enough
     return compiled.missing(place)
 
 

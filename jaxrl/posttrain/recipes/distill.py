@@ -10,7 +10,8 @@ from jaxrl.display import Display
 from jaxrl.nets.language_model import language_model
 from jaxrl.posttrain import distill, task, update
 from jaxrl.posttrain.distill import DistillConfig
-from jaxrl.posttrain.recipes.common import Outcome, RunOptions, drive, exact_evaluation, prepare, with_context
+from jaxrl.posttrain.recipes.common import Outcome, RunOptions, exact_evaluation, prepare, with_context
+from jaxrl.posttrain.recipes.drive import drive
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,6 @@ from jaxrl.posttrain.recipes.common import (
     RunOptions,
     Setup,
     answers_by_token,
-    drive,
     exact_evaluation,
     greedy_evaluation,
     marker_id,
@@ -30,6 +29,7 @@ from jaxrl.posttrain.recipes.common import (
     text_evaluation,
     with_context,
 )
+from jaxrl.posttrain.recipes.drive import drive
 from jaxrl.posttrain.rollout import Sampling
 from jaxrl.types import Rollout
 

@@ -14,7 +14,6 @@ from jaxrl.posttrain.recipes.common import (
     Outcome,
     RunOptions,
     answers_by_token,
-    drive,
     exact_evaluation,
     greedy_evaluation,
     marker_id,
@@ -22,6 +21,7 @@ from jaxrl.posttrain.recipes.common import (
     score_texts,
     text_evaluation,
 )
+from jaxrl.posttrain.recipes.drive import drive
 from jaxrl.posttrain.recipes.ppo import open_reward_model
 from jaxrl.posttrain.recipes.preference import enough
 from jaxrl.types import Rollout

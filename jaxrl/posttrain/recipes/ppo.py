@@ -14,7 +14,6 @@ from jaxrl.posttrain.recipes.common import (
     RunOptions,
     Setup,
     answers_by_token,
-    drive,
     exact_evaluation,
     greedy_evaluation,
     marker_id,
@@ -22,6 +21,7 @@ from jaxrl.posttrain.recipes.common import (
     score_texts,
     text_evaluation,
 )
+from jaxrl.posttrain.recipes.drive import drive
 from jaxrl.types import Rollout, TokenBatch
 
 

@@ -16,7 +16,8 @@ from jaxrl.parallel import processes
 from jaxrl.posttrain import kto, preference, task, update
 from jaxrl.posttrain.kto import KTOConfig
 from jaxrl.posttrain.preference import DPOConfig
-from jaxrl.posttrain.recipes.common import Evaluation, Outcome, RunOptions, Setup, drive, prepare, with_context
+from jaxrl.posttrain.recipes.common import Evaluation, Outcome, RunOptions, Setup, prepare, with_context
+from jaxrl.posttrain.recipes.drive import drive
 from jaxrl.types import Labelled
 
 REFERENCE = "reference.npz"

@@ -19,7 +19,8 @@ from jaxrl.display import Display
 from jaxrl.parallel import processes
 from jaxrl.posttrain import reward_model, task, update
 from jaxrl.posttrain.adapter import whole
-from jaxrl.posttrain.recipes.common import Evaluation, Outcome, RunOptions, drive, prepare, with_context
+from jaxrl.posttrain.recipes.common import Evaluation, Outcome, RunOptions, prepare, with_context
+from jaxrl.posttrain.recipes.drive import drive
 from jaxrl.posttrain.recipes.preference import enough, pair_evaluation
 from jaxrl.posttrain.reward_model import Calibration, RMConfig, Steps
 from jaxrl.types import TokenBatch

@@ -6,7 +6,8 @@ from functools import partial
 from jaxrl.data.records import encode_examples
 from jaxrl.display import Display
 from jaxrl.posttrain import sft
-from jaxrl.posttrain.recipes.common import Outcome, RunOptions, drive, exact_evaluation, prepare, with_context
+from jaxrl.posttrain.recipes.common import Outcome, RunOptions, exact_evaluation, prepare, with_context
+from jaxrl.posttrain.recipes.drive import drive
 from jaxrl.posttrain.sft import SFTConfig
 
 
