@@ -9,8 +9,10 @@ from flax import nnx
 
 from jaxrl.kernels.attention import Causal, attention
 from jaxrl.kernels.log_probs import token_log_probs
+from jaxrl.nets.cache import init_cache
+from jaxrl.nets.config import TransformerConfig
 from jaxrl.nets.moe import experts
-from jaxrl.nets.transformer import Transformer, TransformerConfig, init_cache
+from jaxrl.nets.transformer import Transformer
 
 
 class LanguageModel(NamedTuple):
@@ -18,13 +20,14 @@ class LanguageModel(NamedTuple):
 
     init(key) -> params: a plain nested dict of arrays; consumes the key. One program under `jax.jit`.
 
-    apply(params, tokens [B, T], *, positions [B, T] = None, mask = Causal(), cache = None)
+    apply(params, tokens [B, T], *, positions [B, T] = None, mask = None, cache = None)
     -> (hidden [B, T, D], cache): without a cache, one pass over whole sequences. With one, the T columns are
     written at [cache.length, cache.length + T), attention is over all S columns with q_offset = cache.length,
-    and the advanced cache is returned. Positions default to arange(T) + cache.length. The mask is given over
-    cache columns: batches of unequal prompts are padded on the left; the caller hides the padding with
-    `Segments` and gives positions that start at 0 at the first real token. The cursor is unknown under jit: a
-    write past the last column is not refused but overwrites it, so make the cache long enough.
+    and the advanced cache is returned. Positions default to arange(T) + cache.length. Without a mask a decoder sees
+    what came before (`Causal`), a network with causal=False all (`Full`). The mask is given over cache columns: batches
+    of unequal prompts are padded on the left; the caller hides the padding with `Segments` and gives positions that
+    start at 0 at the first real token. The cursor is unknown under jit: a write past the last column is not refused but
+    overwrites it, so make the cache long enough.
 
     unembedding(params) -> [D, V]: logits are `logits(hidden, unembedding(params))`.
 
@@ -61,7 +64,7 @@ def language_model(
     def init(key):
         return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
-    def apply(params, tokens, *, positions=None, mask=Causal(), cache=None):  # noqa: B008  (immutable)
+    def apply(params, tokens, *, positions=None, mask=None, cache=None):
         return model.apply({"params": params}, tokens, positions=positions, mask=mask, cache=cache)
 
     def unembedding(params):

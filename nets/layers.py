@@ -1,6 +1,7 @@
-"""The small parts of a Transformer: linear maps, RMSNorm, SwiGLU."""
+"""The small parts of a Transformer: linear maps, norms, feed-forward layers."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -33,6 +34,13 @@ def times(rows: jax.Array, kernel: Any, *, dot: Callable, dtype: Any) -> jax.Arr
     if isinstance(kernel, Operator):
         return kernel.times(rows, dot=dot, dtype=dtype)
     return dot(rows, kernel.astype(dtype))
+
+
+def as_matrix(kernel: Any, dtype: Any) -> jax.Array:
+    """A kernel [in, out], an array or an `Operator`, as an array in `dtype`."""
+    if isinstance(kernel, Operator):
+        return times(jnp.eye(kernel.shape[-2], dtype=dtype), kernel, dot=jnp.dot, dtype=dtype)
+    return kernel.astype(dtype)
 
 
 class Linear(nn.Module):
@@ -117,24 +125,44 @@ class RMSNorm(nn.Module):
         return y * jnp.broadcast_to(scale.astype(self.dtype), y.shape)
 
 
-class SwiGLU(nn.Module):
-    """y = (silu(x W_gate) * x W_up) W_down (Shazeer 2020, arXiv:2002.05202), without biases.
+def make_norm(kind: str, eps: float, dtype: str, param_dtype: str, name: str | None = None) -> nn.Module:
+    """`RMSNorm`, or for kind "layer" LayerNorm with scale and bias (Ba et al. 2016, arXiv:1607.06450)."""
+    if kind == "rms":
+        return RMSNorm(eps, dtype, param_dtype, name=name)
+    return nn.LayerNorm(eps, jnp.dtype(dtype), jnp.dtype(param_dtype), use_fast_variance=False, name=name)
 
-    Parameters: gate/kernel and up/kernel [D, ffn], down/kernel [ffn, D] (from `out_init`).
+
+ACTIVATIONS: dict[str, Callable] = {
+    "silu": nn.silu,
+    "gelu": partial(nn.gelu, approximate=False),
+    "gelu_tanh": partial(nn.gelu, approximate=True),
+    "relu": nn.relu,
+}
+
+
+class FeedForward(nn.Module):
+    """y = (act(x W_gate) * x W_up) W_down; without a gate y = act(x W_up) W_down.
+
+    Gated by silu it is SwiGLU (Shazeer 2020, arXiv:2002.05202), the default. Parameters: gate/kernel and up/kernel
+    [D, ffn], down/kernel [ffn, D] (from `out_init`), with `use_bias` a bias beside each.
     """
 
     ffn: int
     out_init: Callable = normal(0.02)
+    gated: bool = True
+    activation: str = "silu"
+    use_bias: bool = False
     dtype: str = "float32"
     param_dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x [..., D] to [..., D]."""
-        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        gate = Linear(self.ffn, **types, name="gate")(x)
+        types: dict[str, Any] = {"use_bias": self.use_bias, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        act = ACTIVATIONS[self.activation]
         up = Linear(self.ffn, **types, name="up")(x)
-        return Linear(x.shape[-1], kernel_init=self.out_init, **types, name="down")(nn.silu(gate) * up)
+        inner = act(Linear(self.ffn, **types, name="gate")(x)) * up if self.gated else act(up)
+        return Linear(x.shape[-1], kernel_init=self.out_init, **types, name="down")(inner)
 
 
 class Kernel(nn.Module):

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxrl.kernels.experts import combine, dispatch, sort_by_expert
 from jaxrl.kernels.grouped_matmul import grouped_matmul
-from jaxrl.nets.layers import Linear, SwiGLU, normal
+from jaxrl.nets.layers import FeedForward, Linear, normal
 
 PRODUCT = "expert_product"
 """Name, for policies of `jax.checkpoint`, of products whose rows are all in use (exchanged ones may be mostly room)."""
@@ -383,7 +383,7 @@ class MoE(nn.Module):
         x = x.astype(self.dtype)
         y = self.experts(x, ids, routed.weights, *(w.astype(self.dtype) for w in matrices))
         if c.shared:
-            always = SwiGLU(c.shared, self.out_init, **types, name="shared")(x)
+            always = FeedForward(c.shared, self.out_init, **types, name="shared")(x)
             if c.shared_gate:
                 always = always * nn.sigmoid(Linear(1, **types, name="shared_gate")(x))
             y = y + always

@@ -5,8 +5,10 @@ Every function takes `changes`, fields of TransformerConfig to set otherwise: `q
 
 from dataclasses import replace
 
-from jaxrl.nets.rope import Llama3Scaling
-from jaxrl.nets.transformer import TransformerConfig
+from jaxrl.nets.config import TransformerConfig
+from jaxrl.nets.latent_attention import LatentConfig
+from jaxrl.nets.moe import GATINGS
+from jaxrl.nets.rope import Llama3Scaling, Yarn
 
 
 def tiny(vocab_size: int = 64, **changes) -> TransformerConfig:
@@ -129,3 +131,80 @@ def qwen3_14b(**changes) -> TransformerConfig:
 def qwen3_32b(**changes) -> TransformerConfig:
     """Qwen3 32B: 32,762,123,264 parameters."""
     return replace(qwen3_8b(), **({"width": 5120, "layers": 64, "heads": 64, "ffn": 25600} | changes))
+
+
+def deepseek_llm_7b(**changes) -> TransformerConfig:
+    """DeepSeek LLM 7B (DeepSeek-AI 2024, arXiv:2401.02954): 6,910,365,696 parameters."""
+    return replace(llama2_7b(vocab_size=102400, layers=30, norm_eps=1e-6), **changes)
+
+
+def deepseek_llm_67b(**changes) -> TransformerConfig:
+    """DeepSeek LLM 67B: 67,425,001,472 parameters."""
+    sizes = {"width": 8192, "layers": 95, "heads": 64, "kv_heads": 8, "ffn": 22016}
+    return replace(deepseek_llm_7b(), **(sizes | changes))
+
+
+def mixtral_8x7b(**changes) -> TransformerConfig:
+    """Mixtral 8x7B (Jiang et al. 2024, arXiv:2401.04088): 46,702,792,704 parameters."""
+    config = TransformerConfig(
+        vocab_size=32000, width=4096, layers=32, heads=32, kv_heads=8, ffn=14336, experts=GATINGS["mixtral"],
+        max_length=32768, rope_base=1e6, norm_eps=1e-5,
+    )  # fmt: skip
+    return replace(config, **changes)
+
+
+def qwen15_moe_a2_7b(**changes) -> TransformerConfig:
+    """Qwen1.5-MoE-A2.7B (Qwen 2024): 14,315,784,192 parameters."""
+    config = TransformerConfig(
+        vocab_size=151936, width=2048, layers=24, heads=16, kv_heads=16, ffn=5632, experts=GATINGS["qwen_moe"],
+        max_length=8192, rope_base=1e6, qkv_bias=True,
+    )  # fmt: skip
+    return replace(config, **changes)
+
+
+def qwen3_30b_a3b(**changes) -> TransformerConfig:
+    """Qwen3 30B-A3B (Qwen 2025, arXiv:2505.09388): 30,532,122,624 parameters."""
+    config = TransformerConfig(
+        vocab_size=151936, width=2048, layers=48, heads=32, kv_heads=4, ffn=6144, experts=GATINGS["qwen3_moe"],
+        head_dim=128, max_length=40960, rope_base=1e6, qk_norm=True,
+    )  # fmt: skip
+    return replace(config, **changes)
+
+
+def deepseek_v2_lite(**changes) -> TransformerConfig:
+    """DeepSeek-V2-Lite (DeepSeek-AI 2024, arXiv:2405.04434): 15,706,484,224 parameters."""
+    config = TransformerConfig(
+        vocab_size=102400, width=2048, layers=27, heads=16, kv_heads=16, ffn=10944,
+        experts=GATINGS["deepseek_v2_lite"], latent=LatentConfig(512, 128, 64, 128), max_length=163840,
+        rope_scaling=Yarn(40.0, 4096, attention_factor=1.0, mscale_all_dim=0.707),
+    )  # fmt: skip
+    return replace(config, **changes)
+
+
+def deepseek_v2(**changes) -> TransformerConfig:
+    """DeepSeek-V2: 235,741,434,880 parameters."""
+    sizes = {
+        "width": 5120, "layers": 60, "heads": 128, "kv_heads": 128, "ffn": 12288, "experts": GATINGS["deepseek_v2"],
+        "latent": LatentConfig(512, 128, 64, 128, q_rank=1536),
+        "rope_scaling": Yarn(40.0, 4096, attention_factor=1.0, mscale_all_dim=1.0),
+    }  # fmt: skip
+    return replace(deepseek_v2_lite(), **(sizes | changes))
+
+
+def deepseek_v3(**changes) -> TransformerConfig:
+    """DeepSeek-V3, and R1 (DeepSeek-AI 2024, arXiv:2412.19437): 671,026,419,200 parameters, without the MTP module."""
+    sizes = {"vocab_size": 129280, "width": 7168, "layers": 61, "ffn": 18432, "experts": GATINGS["deepseek_v3"]}
+    return replace(deepseek_v2(), **(sizes | changes))
+
+
+def moonlight_16b_a3b(**changes) -> TransformerConfig:
+    """Moonlight 16B-A3B (Liu et al. 2025, arXiv:2502.16982), Kimi-VL's decoder: 15,960,110,208 parameters."""
+    experts = replace(
+        GATINGS["deepseek_v3"], experts=64, top_k=6, ffn=1408, shared=2 * 1408, first_dense=1, scale=2.446,
+        groups=1, top_groups=1,
+    )  # fmt: skip
+    sizes = {
+        "vocab_size": 163840, "ffn": 11264, "experts": experts, "max_length": 8192, "rope_base": 5e4,
+        "rope_scaling": None, "norm_eps": 1e-5,
+    }  # fmt: skip
+    return replace(deepseek_v2_lite(), **(sizes | changes))

@@ -45,7 +45,8 @@ class Yarn:
     Dimensions that turn more than `beta_fast` times over `original_length` keep their frequency, those that
     turn less than `beta_slow` times are divided by `factor`, with a linear ramp between.
     `attention_factor=None` is the paper's 0.1 ln(factor) + 1. `truncate` rounds the ramp's ends to whole
-    dimensions, as the released code does.
+    dimensions, as the released code does. With `mscale_all_dim` (DeepSeek) attention's scores are multiplied by
+    (0.1 mscale_all_dim ln(factor) + 1)^2 besides, see `score_factor`.
     """
 
     factor: float
@@ -54,6 +55,7 @@ class Yarn:
     beta_slow: float = 1.0
     attention_factor: float | None = None
     truncate: bool = True
+    mscale_all_dim: float = 0.0
 
 
 RopeScaling = LinearScaling | DynamicNTK | Llama3Scaling | Yarn
@@ -101,27 +103,45 @@ def frequencies(head_dim: int, *, base: float = 10_000.0, scaling: RopeScaling |
     return f
 
 
+def score_factor(scaling: RopeScaling | None) -> float:
+    """What attention's scores are multiplied by, beside what cos and sin are."""
+    if not isinstance(scaling, Yarn) or scaling.factor <= 1:
+        return 1.0
+    return (0.1 * scaling.mscale_all_dim * math.log(scaling.factor) + 1.0) ** 2
+
+
 def rotation(
-    positions: jax.Array, head_dim: int, *, base: float = 10_000.0, scaling: RopeScaling | None = None
+    positions: jax.Array,
+    head_dim: int,
+    *,
+    base: float = 10_000.0,
+    scaling: RopeScaling | None = None,
+    sections: tuple[int, ...] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """cos and sin of position times frequency, computed in float32 whatever the model's type.
 
     Args:
-      positions: [B, T] integers; they may restart in packed rows.
+      positions: [B, T] integers; they may restart in packed rows. With sections also [axes, B, T].
       head_dim, base, scaling: see `frequencies`.
+      sections: how many frequencies, from the highest on, turn by each axis of positions; they sum to head_dim / 2
+        (M-RoPE: Wang et al. 2024, arXiv:2409.12191, section 2.1). Positions [B, T] are those of all axes.
 
     Returns:
       (cos, sin), each [B, T, 1, head_dim / 2] float32: the third axis broadcasts over heads.
     """
-    if positions.ndim != 2:
+    if positions.ndim != 2 and not (sections and positions.ndim == 3 and len(positions) == len(sections)):
         raise ValueError(f"positions have shape {positions.shape}, expected [B, T]: one row per sequence")
     f = frequencies(head_dim, base=base, scaling=scaling)[None, None, None, :]
     if isinstance(scaling, DynamicNTK):
-        length = positions.max(axis=1).astype(jnp.float32) + 1
+        length = positions.max(axis=-1).astype(jnp.float32) + 1
         stretch = scaling.factor * jnp.maximum(length / scaling.original_length, 1.0) - (scaling.factor - 1)
         exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / (head_dim - 2)
         f = f * stretch[:, None, None, None] ** -exponent[None, None, None, :]
-    angle = positions[:, :, None, None].astype(jnp.float32) * f
+    turned = positions.astype(jnp.float32)[..., None, None]
+    if sections and positions.ndim == 3:
+        axis = [i for i, size in enumerate(sections) for _ in range(size)]
+        turned = jnp.moveaxis(turned[jnp.array(axis), ..., 0], 0, -1)
+    angle = turned * f
     amplitude = 1.0
     if isinstance(scaling, Yarn):
         amplitude = scaling.attention_factor
@@ -130,16 +150,19 @@ def rotation(
     return jnp.cos(angle) * amplitude, jnp.sin(angle) * amplitude
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = False) -> jax.Array:
     """Turn the pairs (x_i, x_{i + d/2}) by their angles: the half-split layout of Llama and Qwen checkpoints.
 
     Args:
       x: [B, T, H, d] queries or keys.
       cos, sin: [B, T, 1, d / 2] from `rotation`.
+      interleaved: turn the pairs (x_2i, x_2i+1) instead, as DeepSeek's checkpoints want; the result is half-split all
+        the same, which products of queries with keys do not notice.
 
     Returns:
       [B, T, H, d] in x's type; the turn itself is float32.
     """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    wide = x.astype(jnp.float32)
+    first, second = (wide[..., ::2], wide[..., 1::2]) if interleaved else jnp.split(wide, 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)

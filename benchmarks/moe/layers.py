@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.nets import moe
-from jaxrl.nets.layers import SwiGLU
+from jaxrl.nets.layers import FeedForward
 
 
 def spread(ids, weights, count):
@@ -47,7 +47,7 @@ def program(form: str, case: cases.Case, which: str):
     sizes = {"ffn": case.ffn, "shared": case.shared}
     config = dataclasses.replace(moe.GATINGS[case.gating], **sizes)
     if form == "dense layer":
-        module = SwiGLU(config.top_k * config.ffn + config.shared)
+        module = FeedForward(config.top_k * config.ffn + config.shared)
     else:
         run = {"grouped": moe.experts, "one-hot": one_hot, "all experts": all_experts}[form]
         module = moe.MoE(config, experts=run)

@@ -34,6 +34,7 @@ def attend_on(mesh: Mesh) -> Callable:
         sequence = "context" if ring else None
         leaves, structure = jax.tree.flatten(mask)
         heads = P(batch, sequence, "tensor")
+        keys = heads if k.shape[2] > 1 else P(batch, sequence)  # one for all heads: latents
 
         def local(q, k, v, offset, *leaves):
             own = jax.tree.unflatten(structure, leaves)
@@ -48,9 +49,9 @@ def attend_on(mesh: Mesh) -> Callable:
         specs = [_mask_spec(x, batch, q) for x in leaves]
         out = (heads, heads) if return_lse else heads
         if isinstance(q_offset, int):  # stays known to the masks
-            local, arrays, specs = _with(local, q_offset), leaves, [heads] * 3 + specs
+            local, arrays, specs = _with(local, q_offset), leaves, [heads, keys, keys, *specs]
         else:
-            arrays, specs = [q_offset, *leaves], [heads] * 3 + [P()] + specs
+            arrays, specs = [q_offset, *leaves], [heads, keys, keys, P(), *specs]
         spread = jax.shard_map(local, mesh=mesh, in_specs=tuple(specs), out_specs=out, check_vma=False)
         return spread(q, k, v, *arrays)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxrl.kernels.attention import BlockDiffusion, Causal, Mask, Prefix
+from jaxrl.kernels.attention import BlockDiffusion, Causal, Full, Mask, Prefix
 from jaxrl.kernels.attention.ring import unzigzag, zigzag
 from jaxrl.nets.language_model import LanguageModel, language_model
 from jaxrl.nets.transformer import TransformerConfig
@@ -51,7 +51,8 @@ def model_on(config: TransformerConfig, mesh: Mesh, *, micro_batches: int | None
             return pipelined(roomy, mesh, attend, params, tokens, positions, mask, micro_batches=micro_batches)
         return plain.apply(params, tokens, positions=positions, mask=mask)[0]
 
-    def apply(params, tokens, *, positions=None, mask: Any = Causal(), cache=None):  # noqa: B008  (immutable)
+    def apply(params, tokens, *, positions=None, mask: Any = None, cache=None):
+        mask = (Causal() if config.causal else Full()) if mask is None else mask
         if cache is not None:
             return plain.apply(params, tokens, positions=positions, mask=mask, cache=cache)
         b, t = tokens.shape[:2]
@@ -70,7 +71,8 @@ def model_on(config: TransformerConfig, mesh: Mesh, *, micro_batches: int | None
     def init_cache(batch, length):
         cache = alone.init_cache(batch, length)
         rows = rows_over(mesh, batch, (*BATCH, "context"))
-        lay = lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, rows, "tensor")))
+        heads = "tensor" if config.latent is None else None
+        lay = lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, rows, heads)))
         return cache._replace(k=jax.tree.map(lay, cache.k), v=jax.tree.map(lay, cache.v))
 
     return plain._replace(init=alone.init, apply=apply, init_cache=init_cache)
@@ -100,6 +102,8 @@ def _holds(mask: Any, kind: type) -> bool:
 
 def _check(config: TransformerConfig, mesh: Mesh) -> None:
     axes = {"heads": "tensor", "kv_heads": "tensor", "ffn": "tensor", "layers": "stage"}
+    if mesh.shape["stage"] > 1 and (config.positions == "learned" or config.embed_norm or config.share_layers):
+        raise ValueError("learned positions, embed_norm and share_layers have no form in stages; choose a mesh without")
     sizes = [(name, getattr(config, name), axis) for name, axis in axes.items()]
     if config.experts is not None:
         of_experts = {"experts": "expert", "ffn": "tensor", "shared": "tensor"}

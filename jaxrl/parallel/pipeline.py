@@ -11,9 +11,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrl.kernels.attention import Mask
-from jaxrl.nets.layers import RMSNorm
-from jaxrl.nets.rope import rotation
-from jaxrl.nets.transformer import TransformerConfig, stack, windowed
+from jaxrl.nets.layers import make_norm
+from jaxrl.nets.transformer import TransformerConfig, rotations, stack, windowed
 from jaxrl.parallel.experts import experts_on
 from jaxrl.parallel.sharding import BATCH, rows_over
 
@@ -55,7 +54,7 @@ def pipelined(
         x = tokens.astype(config.dtype)
     else:
         x = nn.Embed(config.vocab_size, config.width, **dtypes).apply({"params": params["embed"]}, tokens)
-    cos, sin = rotation(positions, config.head_size, base=config.rope_base, scaling=config.rope_scaling)
+    cos, sin = rotations(config, positions)
     each = config.layers // stages
     layers = stack(config, attend, experts_on(mesh), layers=each, unroll=config.unroll)
     number = jnp.arange(each)
@@ -86,7 +85,7 @@ def pipelined(
     _, left = jax.lax.scan(tick, places, jnp.arange(parts + stages - 1))
     y = jnp.swapaxes(left[stages - 1 :], 0, 1)
     y = y.reshape(b, *y.shape[2:])
-    norm: Any = RMSNorm(config.norm_eps, config.dtype, config.param_dtype)
+    norm: Any = make_norm(config.norm, config.norm_eps, config.dtype, config.param_dtype)
     return norm.apply({"params": params["norm"]}, y)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrl.nets.adapters.adapted import Adapter, put
-from jaxrl.nets.attention import Int8, unpack
+from jaxrl.nets.cache import Int8, unpack
 from jaxrl.nets.language_model import LanguageModel
 
 PREFIX = "layers/attention/prefix"

@@ -1,21 +1,31 @@
-"""Published configurations of the Llama family, `config.json` or GGUF metadata, and our TransformerConfig."""
+"""Published configurations of decoders, `config.json`, and our TransformerConfig."""
 
+import math
 from collections.abc import Mapping
+from dataclasses import astuple
 from typing import Any
 
-import numpy as np
+from jaxrl.nets.config import TransformerConfig
+from jaxrl.nets.latent_attention import LatentConfig
+from jaxrl.nets.moe import MoEConfig
+from jaxrl.nets.rope import DynamicNTK, LinearScaling, Llama3Scaling, RopeScaling, Yarn
 
-from jaxrl.nets.rope import DynamicNTK, LinearScaling, Llama3Scaling, RopeScaling, Yarn, frequencies
-from jaxrl.nets.transformer import TransformerConfig
-
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-GGUF_TYPES = ("llama", "qwen2", "qwen3")
 CLASSES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
 }
+OF_ENCODERS = (
+    *("causal", "positions", "rope_sections", "norm", "norm_place", "gated", "activation", "bias"),
+    *("embed_width", "embed_norm", "token_types", "share_layers"),
+)
+"""Choices in which the decoders of `CLASSES` do not differ."""
 
 
 def from_hugging_face(config: Mapping[str, Any], **changes) -> TransformerConfig:
@@ -29,14 +39,14 @@ def from_hugging_face(config: Mapping[str, Any], **changes) -> TransformerConfig
       ValueError: an architecture, activation, rope type or quantisation that is not supported.
     """
     kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise ValueError(f"model_type is {kind!r}, expected one of {', '.join(MODEL_TYPES)}")
+    if kind not in CLASSES:
+        raise ValueError(f"model_type is {kind!r}, expected one of {', '.join(CLASSES)}")
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "an unnamed method")
         raise ValueError(f"the weights are quantised ({method}); expected plain floats, or a GGUF file")
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act is {config['hidden_act']!r}, expected 'silu': the layers are SwiGLU")
-    if kind != "qwen2" and (config.get("attention_bias") or config.get("mlp_bias")):
+    if kind not in ("qwen2", "qwen2_moe") and (config.get("attention_bias") or config.get("mlp_bias")):
         raise ValueError("attention_bias and mlp_bias are set, but only Qwen2's biases on q, k and v exist here")
     base, scaling = _rope(config)
     fields = {
@@ -51,12 +61,57 @@ def from_hugging_face(config: Mapping[str, Any], **changes) -> TransformerConfig
         "rope_base": base,
         "rope_scaling": scaling,
         "norm_eps": config["rms_norm_eps"],
-        "qkv_bias": kind == "qwen2",
-        "qk_norm": kind == "qwen3",
+        "qkv_bias": config.get("qkv_bias", True) if kind == "qwen2_moe" else kind == "qwen2",
+        "qk_norm": kind in ("qwen3", "qwen3_moe"),
         "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "experts": _experts(config),
         **_window(config),
     }
+    if kind.startswith("deepseek"):
+        sizes = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        latent = LatentConfig(*(config[name] for name in sizes), q_rank=config.get("q_lora_rank"))
+        fields |= {"latent": latent, "kv_heads": fields["heads"], "head_dim": None}
+        fields["head_dim"] = None if config["hidden_size"] % fields["heads"] == 0 else latent.nope + latent.rope
     return TransformerConfig(**(fields | changes))
+
+
+def _experts(config: Mapping[str, Any]) -> MoEConfig | None:
+    """The mixture of experts that a `config.json` describes, None for a dense network.
+
+    Losses that balance have the published coefficients where the file has one (transformers' `router_aux_loss_coef` is
+    of a loss that is top_k at balance, ours is 1 there); DeepSeek's files leave theirs out.
+    """
+    kind, of = config["model_type"], config.get
+    if kind not in ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"):
+        return None
+    sparse = of("mlp_only_layers") or of("decoder_sparse_step", 1) != 1 or of("moe_layer_freq", 1) != 1
+    if sparse:
+        raise ValueError("mlp_only_layers, decoder_sparse_step or moe_layer_freq mix dense layers in; expected none")
+    if kind == "mixtral":
+        k = config["num_experts_per_tok"]
+        aux = of("router_aux_loss_coef", 0.0) * k
+        return MoEConfig(config["num_local_experts"], k, config["intermediate_size"], normalise=True, aux_coef=aux)
+    k, ffn = config["num_experts_per_tok"], config["moe_intermediate_size"]
+    normalise = bool(of("norm_topk_prob", False))
+    if kind.startswith("qwen"):
+        shared = config["shared_expert_intermediate_size"] if kind == "qwen2_moe" else 0
+        aux = of("router_aux_loss_coef", 0.0) * k
+        options: dict[str, Any] = {"shared": shared, "shared_gate": shared > 0, "aux_coef": aux}
+        return MoEConfig(of("num_experts") or config["num_local_experts"], k, ffn, normalise=normalise, **options)
+    third = kind == "deepseek_v3"
+    grouped = third or of("topk_method", "greedy") == "group_limited_greedy"
+    options = {
+        "shared": ffn * (of("n_shared_experts") or 0),
+        "first_dense": of("first_k_dense_replace", 0),
+        "score": "sigmoid" if third else "softmax",
+        "normalise": normalise if third else False,  # transformers' DeepSeek-V2 never does
+        "scale": float(of("routed_scaling_factor", 1.0)),
+        "groups": of("n_group") or 1 if grouped else 1,
+        "top_groups": of("topk_group") or 1 if grouped else 1,
+        "group_score": 2 if third else 1,
+        "bias": third,
+    }
+    return MoEConfig(config["n_routed_experts"], k, ffn, **options)
 
 
 def _window(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,9 +148,41 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         case "yarn":
             named = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": None, "truncate": True}
             options = {k: default if rope.get(k) is None else rope[k] for k, default in named.items()}
-            return base, Yarn(rope["factor"], original, **options)
+            if rope.get("mscale") and rope.get("mscale_all_dim"):
+                of = lambda name: 0.1 * rope[name] * math.log(rope["factor"]) + 1.0
+                options["attention_factor"] = options["attention_factor"] or of("mscale") / of("mscale_all_dim")
+            scores = rope.get("mscale_all_dim") or 0.0 if config["model_type"].startswith("deepseek") else 0.0
+            return base, Yarn(rope["factor"], original, **options, mscale_all_dim=scores)
         case other:
             raise ValueError(f"rope type is {other!r}, expected default, linear, dynamic, llama3 or yarn")
+
+
+def model_type(config: TransformerConfig) -> str:
+    """The published decoder architecture, one of `CLASSES`, that a network is of.
+
+    Raises:
+      ValueError: a combination of choices that no published architecture has.
+    """
+    c = config
+    plain = TransformerConfig(c.vocab_size, c.width, c.layers, c.heads, c.kv_heads, c.ffn, head_dim=c.head_dim)
+    own = [name for name in OF_ENCODERS if getattr(c, name) != getattr(plain, name)]
+    if own:
+        raise ValueError(f"{', '.join(own)} differ from a Llama's, and no published decoder of {list(CLASSES)} is so")
+    if c.qkv_bias and c.qk_norm:
+        raise ValueError("qkv_bias and qk_norm are both set; Qwen2 has the one, Qwen3 the other, no architecture both")
+    if c.latent or (c.experts and c.experts.bias):
+        if not (c.latent and c.experts):
+            raise ValueError("latent attention and a router's bias are DeepSeek's: both, with experts, or neither")
+        return "deepseek_v3" if c.experts.bias else "deepseek_v2"
+    if c.experts:
+        return "qwen2_moe" if c.qkv_bias else "qwen3_moe" if c.qk_norm else "mixtral"
+    kind = "qwen2" if c.qkv_bias else "qwen3" if c.qk_norm else "mistral" if c.window else "llama"
+    if kind == "mistral" and c.window_layers is not None:
+        raise ValueError(
+            f"window_layers is {c.window_layers}, and without qkv_bias or qk_norm that is no published "
+            "architecture: Mistral's window is on all layers"
+        )
+    return kind
 
 
 def to_hugging_face(config: TransformerConfig) -> dict[str, Any]:
@@ -107,14 +194,7 @@ def to_hugging_face(config: TransformerConfig) -> dict[str, Any]:
     Raises:
       ValueError: a combination of choices that no published architecture has.
     """
-    if config.qkv_bias and config.qk_norm:
-        raise ValueError("qkv_bias and qk_norm are both set; Qwen2 has the one, Qwen3 the other, no architecture both")
-    kind = "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "mistral" if config.window else "llama"
-    if kind == "mistral" and config.window_layers is not None:
-        raise ValueError(
-            f"window_layers is {config.window_layers}, and without qkv_bias or qk_norm that is no published "
-            "architecture: Mistral's window is on all layers"
-        )
+    kind = model_type(config)
     published = {
         "architectures": [CLASSES[kind]],
         "model_type": kind,
@@ -134,8 +214,14 @@ def to_hugging_face(config: TransformerConfig) -> dict[str, Any]:
         "initializer_range": 0.02,
         "use_cache": True,
     }
-    if kind in ("llama", "qwen3"):
+    if kind not in ("mistral", "mixtral", "qwen2", "qwen2_moe"):
         published["attention_bias"] = False
+    if config.latent:
+        sizes = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank")
+        published |= dict(zip(sizes, astuple(config.latent), strict=False))
+        published["head_dim"] = config.latent.rope  # as transformers means it there
+    if config.experts:
+        published |= _published_experts(kind, config.experts)
     if kind == "mistral":
         published["sliding_window"] = config.window
     elif config.window is not None:
@@ -152,6 +238,26 @@ def to_hugging_face(config: TransformerConfig) -> dict[str, Any]:
     return published | ({"rope_scaling": scaling} if scaling else {})
 
 
+def _published_experts(kind: str, experts: MoEConfig) -> dict[str, Any]:
+    c = experts
+    found: dict[str, Any] = {"num_experts_per_tok": c.top_k, "router_aux_loss_coef": c.aux_coef / c.top_k}
+    if kind == "mixtral":
+        return found | {"num_local_experts": c.experts, "intermediate_size": c.ffn}
+    found |= {"moe_intermediate_size": c.ffn, "norm_topk_prob": c.normalise}
+    if kind.startswith("qwen"):
+        shared = {"shared_expert_intermediate_size": c.shared} if kind == "qwen2_moe" else {}
+        return found | {"num_experts": c.experts, "decoder_sparse_step": 1, "mlp_only_layers": [], **shared}
+    found |= {"scoring_func": c.score, "topk_method": "group_limited_greedy" if kind == "deepseek_v2" else "noaux_tc"}
+    return found | {
+        "n_routed_experts": c.experts,
+        "n_shared_experts": c.shared // c.ffn,
+        "first_k_dense_replace": c.first_dense,
+        "routed_scaling_factor": c.scale,
+        "n_group": c.groups,
+        "topk_group": c.top_groups,
+    }
+
+
 def _published_scaling(scaling: RopeScaling | None) -> dict[str, Any]:
     match scaling:
         case None:
@@ -163,86 +269,8 @@ def _published_scaling(scaling: RopeScaling | None) -> dict[str, Any]:
         case Llama3Scaling(factor, original, low, high):
             frequency = {"low_freq_factor": low, "high_freq_factor": high}
             return {"rope_type": "llama3", "factor": factor, "original_max_position_embeddings": original, **frequency}
-        case Yarn(factor, original, fast, slow, attention, truncate):
+        case Yarn(factor, original, fast, slow, attention, truncate, mscale):
             options = {"beta_fast": fast, "beta_slow": slow, "truncate": truncate}
             options |= {} if attention is None else {"attention_factor": attention}
+            options |= {"mscale": mscale, "mscale_all_dim": mscale} if mscale else {}
             return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original, **options}
-
-
-def from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Any], **changes) -> TransformerConfig:
-    """The network that a GGUF file describes.
-
-    Args:
-      metadata, tensors: the two fields of `gguf.read_gguf`. The shape of the embedding gives the vocabulary, the
-        absence of `lm_head.weight` ties the embeddings, `rope_freqs.weight` tells of Llama 3's scaling.
-      changes: fields of TransformerConfig to set, such as dtype or remat.
-
-    Raises:
-      ValueError: an architecture, expert layers, partial rotation or a rope scaling that is not supported; a missing
-        key.
-    """
-    kind = metadata.get("general.architecture")
-    if kind not in GGUF_TYPES:
-        raise ValueError(f"general.architecture is {kind!r}, expected one of {', '.join(GGUF_TYPES)}")
-
-    def value(key: str, default: Any = None) -> Any:
-        found = metadata.get(f"{kind}.{key}", default)
-        if found is None:
-            raise ValueError(f"the GGUF metadata lack {kind}.{key}; the file is damaged or from a very old converter")
-        if isinstance(found, list):
-            raise ValueError(f"{kind}.{key} differs by layer ({found}), expected one number: all layers are alike")
-        return found
-
-    heads, width = value("attention.head_count"), value("embedding_length")
-    head_dim = value("attention.key_length", width // heads)
-    if value("expert_count", 0):
-        raise ValueError(f"{kind}.expert_count is {value('expert_count')}: expert layers are not supported")
-    if value("rope.dimension_count", head_dim) != head_dim:
-        raise ValueError(
-            f"{kind}.rope.dimension_count is {value('rope.dimension_count')}, expected all {head_dim} of a head"
-        )
-    base, length = float(value("rope.freq_base", 10_000.0)), value("context_length")
-    embedding = tensors.get("model.embed_tokens.weight")
-    window = value("attention.sliding_window", 0) if kind == "llama" else 0
-    fields = {
-        "vocab_size": embedding.shape[0] if embedding is not None else value("vocab_size"),
-        "width": width,
-        "layers": value("block_count"),
-        "heads": heads,
-        "kv_heads": value("attention.head_count_kv", heads),
-        "ffn": value("feed_forward_length"),
-        "head_dim": None if head_dim * heads == width else head_dim,
-        "max_length": length,
-        "rope_base": base,
-        "rope_scaling": _gguf_scaling(value, tensors.get("rope_freqs.weight"), head_dim, base, length),
-        "norm_eps": _shortest(value("attention.layer_norm_rms_epsilon")),
-        "qkv_bias": kind == "qwen2",
-        "qk_norm": kind == "qwen3",
-        "tie_embeddings": "lm_head.weight" not in tensors,
-        "window": window or None,
-    }
-    return TransformerConfig(**(fields | changes))
-
-
-def _shortest(number: float) -> float:
-    """The shortest decimal that is this number in float32, in which GGUF stores it: 1e-05 for 9.99999974738e-06."""
-    return float(str(np.float32(number)))
-
-
-def _gguf_scaling(value, factors, head_dim: int, base: float, length: int) -> RopeScaling | None:
-    if factors is not None:
-        divided = np.asarray(factors)
-        scaling = Llama3Scaling(float(divided.max()), 8192)
-        plain, scaled = frequencies(head_dim, base=base), frequencies(head_dim, base=base, scaling=scaling)
-        if divided.shape != plain.shape or not np.allclose(divided, plain / scaled, rtol=1e-4):
-            raise ValueError("rope_freqs.weight is not the table of Llama 3's scaling (8192 tokens at first, 1 and 4)")
-        return scaling
-    match value("rope.scaling.type", "none"):
-        case "none":
-            return None
-        case "linear":
-            return LinearScaling(float(value("rope.scaling.factor")))
-        case "yarn":
-            return Yarn(float(value("rope.scaling.factor")), value("rope.scaling.original_context_length", length))
-        case other:
-            raise ValueError(f"rope.scaling.type is {other!r}, expected none, linear or yarn")

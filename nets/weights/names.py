@@ -1,41 +1,51 @@
-"""Checkpoint names of the Llama family (Llama, Mistral, Qwen2, Qwen3, SmolLM2) and our parameter paths."""
+"""Checkpoint names of decoders (Llama, Mistral, Qwen2, Qwen3, Mixtral, DeepSeek and their kin) and our paths."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
 
-from jaxrl.nets.transformer import Transformer, TransformerConfig
+from jaxrl.nets.config import TransformerConfig
+from jaxrl.nets.transformer import Transformer
+from jaxrl.nets.weights import maps
+from jaxrl.nets.weights.configs import model_type
+from jaxrl.nets.weights.maps import Place
 
-
-class Place(NamedTuple):
-    """Where a checkpoint tensor lives: our path, and whether it is stored [out, in], to be transposed."""
-
-    path: str
-    transpose: bool = False
-
-
+T = (1, 0)
 MODEL = {
     "model.embed_tokens.weight": Place("embed/embedding"),
     "model.norm.weight": Place("norm/scale"),
-    "lm_head.weight": Place("unembed/kernel", transpose=True),  # absent from tied checkpoints
+    "lm_head.weight": Place("unembed/kernel", axes=T),  # absent from tied checkpoints
 }
 LAYER = {  # "model.layers.{i}." + name; our arrays stack the layers on a leading axis
     "input_layernorm.weight": Place("attention_norm/scale"),
-    "self_attn.q_proj.weight": Place("attention/q/kernel", transpose=True),
-    "self_attn.k_proj.weight": Place("attention/k/kernel", transpose=True),
-    "self_attn.v_proj.weight": Place("attention/v/kernel", transpose=True),
-    "self_attn.o_proj.weight": Place("attention/o/kernel", transpose=True),
+    "self_attn.q_proj.weight": Place("attention/q/kernel", axes=T),
+    "self_attn.k_proj.weight": Place("attention/k/kernel", axes=T),
+    "self_attn.v_proj.weight": Place("attention/v/kernel", axes=T),
+    "self_attn.o_proj.weight": Place("attention/o/kernel", axes=T),
     "self_attn.q_proj.bias": Place("attention/q/bias"),  # the biases: Qwen2
     "self_attn.k_proj.bias": Place("attention/k/bias"),
     "self_attn.v_proj.bias": Place("attention/v/bias"),
     "self_attn.q_norm.weight": Place("attention/q_norm/scale"),  # the norms: Qwen3
     "self_attn.k_norm.weight": Place("attention/k_norm/scale"),
+    "self_attn.q_a_proj.weight": Place("attention/q_down/kernel", axes=T),  # latent attention: DeepSeek
+    "self_attn.q_a_layernorm.weight": Place("attention/q_down_norm/scale"),
+    "self_attn.q_b_proj.weight": Place("attention/q_up/kernel", axes=T),
+    "self_attn.kv_a_proj_with_mqa.weight": Place("attention/kv_down/kernel", axes=T),
+    "self_attn.kv_a_layernorm.weight": Place("attention/kv_down_norm/scale"),
+    "self_attn.kv_b_proj.weight": Place("attention/kv_up/kernel", axes=T),
     "post_attention_layernorm.weight": Place("ffn_norm/scale"),
-    "mlp.gate_proj.weight": Place("ffn/gate/kernel", transpose=True),
-    "mlp.up_proj.weight": Place("ffn/up/kernel", transpose=True),
-    "mlp.down_proj.weight": Place("ffn/down/kernel", transpose=True),
+    "mlp.gate_proj.weight": Place("ffn/gate/kernel", axes=T),
+    "mlp.up_proj.weight": Place("ffn/up/kernel", axes=T),
+    "mlp.down_proj.weight": Place("ffn/down/kernel", axes=T),
+}
+QWEN_EXPERTS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+EXPERTS = {  # architecture -> (its name of the layer, its names of an expert's matrices, of the shared expert)
+    "mixtral": ("block_sparse_moe", {"gate": "w1", "up": "w3", "down": "w2"}, ""),
+    "qwen2_moe": ("mlp", QWEN_EXPERTS, "shared_expert"),
+    "qwen3_moe": ("mlp", QWEN_EXPERTS, ""),
+    "deepseek_v2": ("mlp", QWEN_EXPERTS, "shared_experts"),
+    "deepseek_v3": ("mlp", QWEN_EXPERTS, "shared_experts"),
 }
 IGNORED = ("rotary_emb.inv_freq", "rope_freqs.weight")  # tables that follow from the config; old files hold them
 GGUF_MODEL = {  # llama.cpp's names -> checkpoint names
@@ -72,30 +82,43 @@ def gguf_names(layers: int) -> dict[str, str]:
     return GGUF_MODEL | each
 
 
-def _shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+def _experts(kind: str, number: int) -> dict[str, Place]:
+    """Names of a layer's experts, as in `LAYER`."""
+    layer, matrices, shared = EXPERTS[kind]
+    return {
+        f"{layer}.gate.weight": Place("moe/router/kernel", axes=T),
+        f"{layer}.gate.e_score_correction_bias": Place("moe/bias"),
+        f"{layer}.shared_expert_gate.weight": Place("moe/shared_gate/kernel", axes=T),
+        **{
+            f"{layer}.{shared}.{QWEN_EXPERTS[ours]}.weight": Place(f"moe/shared/{ours}/kernel", axes=T)
+            for ours in matrices
+        },
+        **{
+            f"{layer}.experts.{e}.{theirs}.weight": Place(f"moe/{ours}", (e,), T)
+            for e in range(number)
+            for ours, theirs in matrices.items()
+        },
+    }
+
+
+def shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """Our parameter paths and shapes, as init makes them."""
-    tokens = jax.ShapeDtypeStruct((1, 1), np.int32)
-    params = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens)["params"]
-    leaves = jax.tree.leaves_with_path(params)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+    return maps.shapes(Transformer(config), np.zeros((1, 1), np.int32))
 
 
-def _wanted(config: TransformerConfig) -> dict[str, tuple[str, int | None, bool, tuple[int, ...]]]:
-    """Checkpoint name -> (our path, layer or None, transpose, shape in the checkpoint)."""
-    shapes = _shapes(config)
-    wanted = {}
-    for name, (path, transpose) in MODEL.items():
-        if path in shapes:
-            wanted[name] = path, None, transpose, shapes[path]
-    for name, (path, transpose) in LAYER.items():
-        path = f"layers/{path}"
-        if path in shapes:
-            for i in range(config.layers):
-                wanted[f"model.layers.{i}.{name}"] = path, i, transpose, shapes[path][1:]
-    unnamed = sorted(shapes.keys() - {path for path, *_ in wanted.values()})
-    if unnamed:
-        raise ValueError(f"no checkpoint of the Llama family has names for {', '.join(unnamed)}; keep the run folder")
-    return {n: (p, i, t, shape[::-1] if t else shape) for n, (p, i, t, shape) in wanted.items()}
+def names(config: TransformerConfig) -> dict[str, Place]:
+    """The map of a decoder: checkpoint name -> `Place`; what the config does not have is not in it."""
+    ours, kind, first = shapes(config), model_type(config), config.dense_layers
+    layer = LAYER | (_experts(kind, config.experts.experts) if config.experts else {})
+    found = {name: place for name, place in MODEL.items() if place.path in ours}
+    for i in range(config.layers):
+        stack, at = ("dense_layers", i) if i < first else ("layers", i - first)
+        found |= {
+            f"model.layers.{i}.{name}": place._replace(path=f"{stack}/{place.path}", index=(at, *place.index))
+            for name, place in layer.items()
+            if f"{stack}/{place.path}" in ours
+        }
+    return found
 
 
 def from_checkpoint(config: TransformerConfig, tensors: Mapping[str, Any]) -> dict:
@@ -112,32 +135,8 @@ def from_checkpoint(config: TransformerConfig, tensors: Mapping[str, Any]) -> di
     Raises:
       ValueError: every missing, unused and wrongly shaped tensor, in one message.
     """
-    wanted = _wanted(config)
-    spare = {"lm_head.weight"} if config.tie_embeddings else set()
-    problems = [f"missing {name}, expected {want[3]}" for name, want in wanted.items() if name not in tensors]
-    unused = [name for name in tensors if name not in wanted and name not in spare and not name.endswith(IGNORED)]
-    problems += [f"unused {name}" for name in unused]
-    problems += [
-        f"{name} has shape {tuple(np.shape(tensors[name]))}, expected {want[3]}"
-        for name, want in wanted.items()
-        if name in tensors and tuple(np.shape(tensors[name])) != want[3]
-    ]
-    if problems:
-        raise ValueError("the checkpoint does not fit the config:\n  " + "\n  ".join(problems))
-    params: dict = {}
-    for name, (path, layer, transpose, shape) in wanted.items():
-        shape = shape[::-1] if transpose else shape
-        tensor = np.asarray(tensors[name])
-        tensor = tensor.T if transpose else tensor
-        *parents, leaf = path.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        if leaf not in node:
-            full = shape if layer is None else (config.layers, *shape)
-            node[leaf] = np.empty(full, np.dtype(config.param_dtype))
-        node[leaf][... if layer is None else layer] = tensor
-    return params
+    ignored = (*IGNORED, "lm_head.weight") if config.tie_embeddings else IGNORED
+    return maps.from_checkpoint(names(config), shapes(config), tensors, ignored=ignored, param_dtype=config.param_dtype)
 
 
 def to_checkpoint(config: TransformerConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -145,12 +144,6 @@ def to_checkpoint(config: TransformerConfig, params: Mapping[str, Any]) -> dict[
 
     Also maps gradients, which are trees like the parameters.
     """
-    tensors = {}
-    for name, (path, layer, transpose, _) in _wanted(config).items():
-        node: Any = params
-        for part in path.split("/"):
-            node = node[part]
-        array = np.asarray(node)  # before it is cut: on CPU the layers are views of one array, not copies
-        array = array if layer is None else array[layer]
-        tensors[name] = array.T if transpose else array
-    return tensors
+    known = names(config)
+    maps.check_total(known, shapes(config))
+    return maps.to_checkpoint(known, params)

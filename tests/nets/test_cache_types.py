@@ -9,9 +9,9 @@ import pytest
 
 from jaxrl.kernels.attention import Causal, Segments
 from jaxrl.nets import presets
-from jaxrl.nets.attention import Int8, Slot, load, pack, store, unpack
+from jaxrl.nets.cache import Int8, Slot, init_cache, load, pack, store, unpack
+from jaxrl.nets.config import TransformerConfig
 from jaxrl.nets.language_model import language_model
-from jaxrl.nets.transformer import TransformerConfig, init_cache
 
 TYPES = (None, "float32", "bfloat16", "int8")
 HALF_STEP = 0.5 / 127  # of the largest number of a token and head

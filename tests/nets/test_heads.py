@@ -8,7 +8,7 @@ import pytest
 
 from jaxrl.nets import heads
 from jaxrl.nets.initializers import orthogonal
-from jaxrl.nets.layers import RMSNorm, SwiGLU
+from jaxrl.nets.layers import FeedForward, RMSNorm
 from jaxrl.nets.mlp import MLP
 
 
@@ -112,7 +112,7 @@ def test_norm_adds_eps_to_the_mean_square():
 
 def test_swiglu_is_its_formula():
     x = jax.random.normal(jax.random.key(1), (2, 3, 4))
-    ffn = SwiGLU(6)
+    ffn = FeedForward(6)
     params = ffn.init(jax.random.key(0), x)["params"]
     gate, up, down = (np.asarray(params[n]["kernel"], np.float64) for n in ("gate", "up", "down"))
     g = np.asarray(x) @ gate

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from jaxrl.nets import moe
-from jaxrl.nets.layers import SwiGLU
+from jaxrl.nets.layers import FeedForward
 from jaxrl.nets.moe import GATINGS, MoE, MoEConfig
 from jaxrl.posttrain import update
 
@@ -236,7 +236,7 @@ def test_bfloat16_errs_no_more_than_twice_plain_bfloat16():
 def test_one_expert_is_a_dense_layer():
     module, params, x = layer(MoEConfig(1, 1, 6))
     dense = {name: {"kernel": params[name][0]} for name in ("gate", "up", "down")}
-    run = jit(lambda p, dense: (module.apply({"params": p}, x), SwiGLU(6).apply({"params": dense}, x)))
+    run = jit(lambda p, dense: (module.apply({"params": p}, x), FeedForward(6).apply({"params": dense}, x)))
     np.testing.assert_allclose(*run(params, dense), rtol=1e-5, atol=1e-6)
 
 

@@ -244,6 +244,15 @@ PUBLISHED = {
     presets.qwen3_0_6b: 596_049_920,
     presets.qwen3_1_7b: 1_720_574_976,
     presets.qwen3_8b: 8_190_735_360,
+    presets.deepseek_llm_7b: 6_910_365_696,
+    presets.deepseek_llm_67b: 67_425_001_472,
+    presets.mixtral_8x7b: 46_702_792_704,
+    presets.qwen15_moe_a2_7b: 14_315_784_192,
+    presets.qwen3_30b_a3b: 30_532_122_624,
+    presets.deepseek_v2_lite: 15_706_484_224,
+    presets.deepseek_v2: 235_741_434_880,
+    presets.deepseek_v3: 671_026_419_200,
+    presets.moonlight_16b_a3b: 15_960_110_208,
 }
 
 

@@ -460,7 +460,10 @@ def test_transformers_computes_the_same_logits_from_our_files(name, tmp_path):
     np.testing.assert_allclose(np.asarray(ours), wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
 
 
-def test_experts_have_no_names_yet():
-    config = dataclasses.replace(TINY["llama"], experts=MoEConfig(experts=2, top_k=1, ffn=8))
-    with pytest.raises(ValueError, match="no checkpoint of the Llama family has names for layers/moe/down"):
-        to_checkpoint(config, {})
+def test_choices_without_published_names_are_refused():
+    for changes, message in (
+        ({"norm": "layer", "gated": False}, "norm, gated differ from a Llama's"),
+        ({"experts": MoEConfig(2, 1, 8, score="sigmoid", bias=True)}, "latent attention and a router's bias"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            to_checkpoint(dataclasses.replace(TINY["llama"], **changes), {})

@@ -1,0 +1,120 @@
+"""What a Transformer is made of: sizes and choices of one network."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxrl.nets.latent_attention import LatentConfig
+from jaxrl.nets.layers import ACTIVATIONS
+from jaxrl.nets.moe import MoEConfig
+from jaxrl.nets.rope import RopeScaling
+
+CACHE_DTYPES = ("float32", "bfloat16", "int8")
+CHOICES = {
+    "positions": ("rotary", "learned", "none"),
+    "norm": ("rms", "layer"),
+    "norm_place": ("pre", "post", "branch"),
+    "activation": tuple(ACTIVATIONS),
+    "qk_norm": (False, True, "heads"),
+    "remat": ("none", "full", "dots"),
+}
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes and choices of one network. Frozen and hashable; `jaxrl.nets.presets` names published ones.
+
+    `unroll` and `decode_unroll` are layers per step of the layer loop, without and with a cache: more
+    compiles slower and may run faster. `remat` says what the backward pass recomputes: nothing ("none"),
+    everything ("full"), or everything but products with weights ("dots"), which on CPU takes a third of the
+    memory of "none" and less time.
+    """
+
+    vocab_size: int
+    width: int  # D, the residual stream
+    layers: int  # L
+    heads: int  # H query heads
+    kv_heads: int  # K, divides H
+    ffn: int  # inner width of the feed-forward layers
+    experts: MoEConfig | None = None  # in their place, but for `first_dense` layers
+    latent: LatentConfig | None = None  # multi-head latent attention (DeepSeek); head_dim has no meaning then
+    head_dim: int | None = None  # Dh; None: width / heads
+    max_length: int = 2048  # the longest sequence or cache accepted
+    causal: bool = True  # what a token sees where no mask is given: those before it, or all
+    positions: Literal["rotary", "learned", "none"] = "rotary"
+    rope_base: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    rope_sections: tuple[int, ...] | None = None  # frequencies of each axis of positions [axes, B, T] (Qwen2-VL)
+    norm: Literal["rms", "layer"] = "rms"
+    norm_place: Literal["pre", "post", "branch"] = "pre"  # x + f(norm(x)), norm(x + f(x)), x + norm(f(x))
+    norm_eps: float = 1e-6
+    gated: bool = True  # feed-forward layers: act(x W_gate) * x W_up, or act(x W_up)
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    bias: bool = False  # beside every matrix of a layer
+    qkv_bias: bool = False  # beside those of queries, keys and values (Qwen2)
+    qk_norm: bool | Literal["heads"] = False  # RMSNorm of each head (Qwen3); "heads": LayerNorm, own scales (Chameleon)
+    tie_embeddings: bool = False
+    embed_width: int | None = None  # of the embedding, which a matrix maps to D (ALBERT, ELECTRA); None: D
+    embed_norm: bool = False  # a norm after the embeddings
+    token_types: int = 0  # kinds of tokens with an embedding each (BERT's segments)
+    share_layers: bool = False  # one layer's parameters for all (ALBERT)
+    window: int | None = None  # a query sees the last `window` columns, itself included
+    window_layers: tuple[int, ...] | None = None  # which layers use the window; None: all
+    dtype: str = "float32"  # compute
+    param_dtype: str = "float32"  # storage
+    cache_dtype: str | None = None  # keys and values of a cache: "float32", "bfloat16", "int8"; None: dtype
+    remat: Literal["none", "full", "dots"] = "dots"
+    attention: str | None = None  # implementation of the attention door; None: its choice
+    unroll: int = 1
+    decode_unroll: int = 1
+
+    def __post_init__(self):
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} heads cannot share {self.kv_heads} kv_heads: give a divisor of heads")
+        if self.head_dim is None and self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}: give head_dim")
+        if self.positions == "rotary" and self.rotated % 2:
+            raise ValueError(
+                f"{'latent.rope' if self.latent else 'head_dim'} is {self.rotated}, but rotary embedding turns pairs: "
+                "give an even one"
+            )
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(map(repr, known))}")
+        if self.cache_dtype not in (None, *CACHE_DTYPES):
+            raise ValueError(f"cache_dtype is {self.cache_dtype!r}, expected None (that of compute) or {CACHE_DTYPES}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window is {self.window}, expected None or at least 1: a token sees itself")
+        if self.window_layers is not None and (self.window is None or not self.window_layers):
+            raise ValueError(
+                f"window is {self.window} and window_layers {self.window_layers}: name at least one layer "
+                "(None: all), together with a window"
+            )
+        if not all(0 <= i < self.layers for i in self.window_layers or ()):
+            raise ValueError(f"window_layers {self.window_layers} names layers outside 0..{self.layers - 1}")
+        if self.latent and (self.kv_heads != self.heads or self.window or self.qk_norm or self.positions != "rotary"):
+            raise ValueError(
+                f"latent attention with kv_heads {self.kv_heads}, window {self.window}, qk_norm {self.qk_norm} and "
+                f"positions {self.positions!r}: expected kv_heads = heads = {self.heads}, rotary positions, "
+                "neither window nor qk_norm"
+            )
+        if self.rope_sections and sum(self.rope_sections) != self.rotated // 2:
+            raise ValueError(f"rope_sections {self.rope_sections} must sum to half of the {self.rotated} that turn")
+        if self.share_layers and self.experts:
+            raise ValueError("share_layers with experts: layers that share all parameters have plain ffn")
+        if self.dense_layers > self.layers:
+            raise ValueError(f"experts.first_dense is {self.dense_layers}, but there are {self.layers} layers")
+
+    @property
+    def head_size(self) -> int:
+        """Dh as a number."""
+        return self.width // self.heads if self.head_dim is None else self.head_dim
+
+    @property
+    def rotated(self) -> int:
+        """Numbers of a head that rotary positions turn."""
+        return self.head_size if self.latent is None else self.latent.rope
+
+    @property
+    def dense_layers(self) -> int:
+        """Layers before the first one with experts; 0 where there are none at all."""
+        return 0 if self.experts is None else self.experts.first_dense
