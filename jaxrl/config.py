@@ -46,7 +46,7 @@ def parse(config: type[T] | T, argv: Sequence[str], *, prog: str | None = None, 
         "--config FILE reads defaults from a TOML file; flags override it.",
     ]
     try:
-        file, flags = _take_config_flag(list(argv))
+        file, flags = take(list(argv), "--config")
         if file is not None:
             default = _fill(config, read_toml(file), source=str(file), missing=tyro.MISSING)
         return tyro.cli(cls, args=flags, prog=prog, description="\n\n".join(text), default=default)
@@ -84,20 +84,19 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
 
 
-def _take_config_flag(argv: list[str]) -> tuple[str | None, list[str]]:
-    """Take `--config FILE` out of the flags."""
-    file, rest = None, []
-    while argv:
-        flag = argv.pop(0)
-        if flag == "--config" and not argv:
-            raise ValueError("--config takes the path of a TOML file, got nothing after it")
-        if flag == "--config":
-            file = argv.pop(0)
-        elif flag.startswith("--config="):
-            file = flag.removeprefix("--config=")
-        else:
-            rest.append(flag)
-    return file, rest
+_TAKES = {"--resume": "a run folder", "--env": "an environment", "--config": "the path of a TOML file"}
+
+
+def take(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
+    """Takes `flag VALUE` (or `flag=VALUE`) out of the arguments."""
+    for index, word in enumerate(argv):
+        if word == flag:
+            if index + 1 == len(argv):
+                raise ValueError(f"{flag} takes {_TAKES[flag]}, got nothing after it")
+            return argv[index + 1], argv[:index] + argv[index + 2 :]
+        if word.startswith(flag + "="):
+            return word.removeprefix(flag + "="), argv[:index] + argv[index + 1 :]
+    return None, argv
 
 
 def _fill(config: Any, values: dict[str, Any], *, source: str, prefix: str = "", missing: Any = None) -> Any:

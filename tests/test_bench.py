@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl import cli
+from jaxrl import cli, commands
 from jaxrl.bench import command, peers, report, subjects, timing
 from jaxrl.bench.options import OPTIONS, Attention, Decode, GroupedMatmul, LinearAttention, LogProbs
 
@@ -281,4 +281,4 @@ def test_mistakes_are_answered_with_the_way_out(argv, hint, tmp_path, monkeypatc
 
 
 def test_the_command_line_lists_the_subjects():
-    assert list(cli.BENCHES) == list(OPTIONS) == list(subjects.SUBJECTS)
+    assert list(commands.BENCHES) == list(OPTIONS) == list(subjects.SUBJECTS)

@@ -34,6 +34,10 @@ CASES = {
          "task": "grpo", "batch": 512},
         {},
     ),
+    "V2-Lite, v5p:2x4x4": (
+        {"model": "deepseek-v2-lite", "topology": "v5p:2x4x4", "mesh": "fsdp=8,expert=4", "batch": 64, "length": 4096},
+        {},
+    ),
     "2 layers": ({"topology": "v5e:2x2", "mesh": "fsdp=4", "batch": 8}, {**SMALL, "layers": 2}),
     "2 layers, full effort": (
         {"topology": "v5e:2x2", "mesh": "fsdp=4", "batch": 8, "effort": "full"},
@@ -85,7 +89,7 @@ def table(rows: list[dict]) -> str:
     from jaxrl.plan import memory, traffic, work
 
     columns = ["case", "compile s", "CPU s", "GB", "FLOPs of layers", "GiB counted", "compiled", "counted / compiled"]
-    for axis in ("fsdp", "tensor", "context"):
+    for axis in ("fsdp", "tensor", "context", "expert"):
         columns += [f"{axis} MB, least", "compiled"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     others = ["", "| case | program | compile s | CPU s | GiB compiled | MB sent |", "|" + "---|" * 6]
@@ -101,7 +105,7 @@ def table(rows: list[dict]) -> str:
         cells = [row["case"], *cost, f"{row['gigabytes']:.1f}", f"{exact:.4f} x", f"{counted:.2f}", f"{size:.2f}"]
         cells.append(f"{counted / size:.3f}")
         least = [x._asdict() for x in traffic.train_traffic(one)]
-        for axis in ("fsdp", "tensor", "context"):
+        for axis in ("fsdp", "tensor", "context", "expert"):
             mb = along(least, axis)
             cells += [f"{mb:,.0f}", f"{along(row['traffic'], axis) / mb:.3f} x"] if mb else ["", ""]
         lines.append(f"| {' | '.join(cells)} |")

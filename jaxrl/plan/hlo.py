@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16, "c64": 64, "c128": 128}
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 
 
 class Instruction(NamedTuple):
@@ -104,8 +104,8 @@ def count(text: str, mesh: Mapping[str, int]) -> Counts:
     """Counts a program's matrix products and collectives.
 
     Bytes of a collective are those that each device must send over a ring of `n` devices: `(n - 1)/n` of the whole
-    array for all-gather, reduce-scatter and all-to-all, twice that for all-reduce, the array for a permutation. Both
-    branches of a condition count.
+    array for all-gather, reduce-scatter and all-to-all, twice that for all-reduce, the array for a permutation. A
+    ragged all-to-all counts as if every device sent all its rows, evenly. Both branches of a condition count.
 
     Args:
       text: `compiled.as_text()`.
@@ -126,6 +126,8 @@ def count(text: str, mesh: Mapping[str, int]) -> Counts:
             if kind in KINDS:
                 axes, n = _group(one, mesh)
                 size = sum(size_of(table[x].shape) for x in one.operands)
+                if kind == "ragged-all-to-all":  # rows and their place, one of which has room for those of all devices
+                    kind, size = "all-to-all", min(size_of(table[x].shape) for x in one.operands[:2])
                 sent[kind, axes] += size * _share(kind, n)
                 calls[kind, axes] += 1
             elif kind == "dot":

@@ -3,7 +3,8 @@
 import dataclasses
 import math
 
-from jaxrl.plan.work import Work, bytes_of, heads_of, layer_matrices, own_parameters, rows_parts, table_entries
+from jaxrl.plan.sizes import attention_widths, inner_width, one_layer, own_parameters, table_entries
+from jaxrl.plan.work import Work, bytes_of, rows_parts
 
 MOMENTS = {"float32": 8.0, "bfloat16": 4.0, "int8": 2.03}
 """Bytes of Adam's two moments a parameter."""
@@ -33,8 +34,7 @@ def train_memory(work: Work) -> dict[str, float]:
     table = table_entries(c, mesh)
     whole = stored if mesh["fsdp"] > 1 and stored != compute else compute
     head = table * (whole + compute) + 3 * work.own_tokens * c.width * compute
-    matrices = layer_matrices(c) / c.layers / mesh["tensor"] * compute
-    layer = 2 * matrices + work.own_tokens * working(work) * compute
+    layer = 2 * one_layer(c, mesh) * compute + work.own_tokens * working(work) * compute
     data = work.rows * work.length * 8.0
     sums = gradient if work.micro_batches > 1 else 0.0
     busy = {"gradients": sums + gradient, "temporaries": layer}
@@ -55,36 +55,45 @@ def kept(work: Work) -> float:
     rotations and SwiGLU leave.
     """
     c, t = work.config, work.mesh["tensor"]
-    heads, keys = (size / t for size in heads_of(c))
+    widths, inner = attention_widths(c), inner_width(c) / t
     return {
         "full": c.width,
-        "dots": 2 * c.width + heads + 2 * keys + 2 * c.ffn / t,
-        "none": 16 * c.width + 3 * heads + 2 * keys + 6 * c.ffn / t,
+        "dots": 2 * c.width + widths.outputs / t + inner,
+        "none": 16 * c.width + (2 * widths.queries + widths.outputs) / t + 3 * inner,
     }[c.remat]
 
 
 def working(work: Work) -> float:
-    """Numbers a token that live while the backward pass is in one layer, about: fitted to what libtpu needs."""
+    """Numbers a token that live while the backward pass is in one layer, about: fitted to what libtpu needs.
+
+    Rows that travel to experts have room on each device for those of all devices of the axis `expert`.
+    """
     c, t = work.config, work.mesh["tensor"]
-    heads, keys = (size / t for size in heads_of(c))
-    return 5.5 * c.width + 4 * heads + 4 * keys + 5 * c.ffn / t
+    widths = attention_widths(c)
+    dense = 5.5 * c.width + (4 * widths.queries + 2 * widths.keys + 2 * widths.values) / t
+    if c.experts is None:
+        return dense + 5 * c.ffn / t
+    routed = work.mesh["expert"] * c.experts.top_k * (6 * c.width + 8 * c.experts.ffn / t)
+    return dense + routed + 5 * c.experts.shared / t
 
 
 def cache_bytes(work: Work) -> float:
-    """Keys and values of the sampler: rows over data, fsdp, expert and context, heads over tensor."""
+    """Keys and values of the sampler: rows over data, fsdp, expert and context, heads over tensor, latents whole."""
     c, mesh = work.config, work.mesh
     kind = c.cache_dtype or c.dtype
-    size = c.head_size + 4 if kind == "int8" else c.head_size * bytes_of(kind)
+    latent = c.latent
+    width, copies = (c.head_size, 2.0 * c.kv_heads / mesh["tensor"]) if latent is None else (latent.cached, 1.0)
+    size = width + 4 if kind == "int8" else width * bytes_of(kind)
     rows = math.ceil(work.batch / (rows_parts(mesh) * mesh["context"]))
-    return 2.0 * c.layers * rows * c.kv_heads / mesh["tensor"] * work.length * size
+    return c.layers * rows * copies * work.length * size
 
 
 def sampler_copy(work: Work) -> dict[str, float]:
     """The parameters once more, where the sampler has a mesh of its own; they live through the whole step."""
     if work.sampler_mesh is None:
         return {}
-    config = work.config
-    return {"sampler's copy": float(own_parameters(config, work.sampler_mesh) * bytes_of(config.param_dtype))}
+    one = work.sampling
+    return {"sampler's copy": float(own_parameters(one.config, one.mesh) * bytes_of(one.config.param_dtype))}
 
 
 def sample_memory(work: Work) -> dict[str, float]:
@@ -97,7 +106,7 @@ def sample_memory(work: Work) -> dict[str, float]:
     rows = one.batch / rows_parts(mesh) / mesh["context"]
     stored = bytes_of(c.param_dtype)
     table = table_entries(c, mesh) * (compute + stored * (mesh["fsdp"] > 1 and stored != compute))
-    matrices = table + layer_matrices(c) / c.layers * compute / mesh["tensor"]
+    matrices = table + one_layer(c, mesh) * compute
     return {
         **held(work),
         **sampler_copy(work),

@@ -19,6 +19,14 @@ MODELS = {
     "qwen3-8b": "qwen3_8b",
     "qwen3-14b": "qwen3_14b",
     "qwen3-32b": "qwen3_32b",
+    "qwen3-30b-a3b": "qwen3_30b_a3b",
+    "mixtral-8x7b": "mixtral_8x7b",
+    "deepseek-7b": "deepseek_llm_7b",
+    "deepseek-67b": "deepseek_llm_67b",
+    "deepseek-v2-lite": "deepseek_v2_lite",
+    "deepseek-v2": "deepseek_v2",
+    "deepseek-v3": "deepseek_v3",
+    "moonlight-16b-a3b": "moonlight_16b_a3b",
 }
 """Names and the functions of `jaxrl.nets.presets`."""
 
@@ -30,7 +38,7 @@ class Plan:
     """What a step of training takes on chips that need not be here: counted, and read from its compiled programs."""
 
     model: str = "llama-8b"
-    """smollm2-135m, llama-1b, llama-8b, llama-70b, qwen3-0.6b to qwen3-32b, ...; a wrong name lists them all."""
+    """smollm2-135m, llama-8b, llama-70b, qwen3-0.6b to qwen3-32b, deepseek-v3, ...; a wrong name lists them all."""
     topology: str = "v5e:16x16"
     """Chips: v4, v5e, v5p, v6e or tpu7x and the shape of a slice, 2xv5e:16x16 for two, h100:HOSTSxGPUS, or cpu:8."""
     mesh: str = "auto"

@@ -8,8 +8,9 @@ from jaxrl.display import Display
 from jaxrl.plan import chips, hlo
 from jaxrl.plan.compiled import Compiled
 from jaxrl.plan.memory import held, largest_batch, memories, sampler_copy
+from jaxrl.plan.sizes import parameters
 from jaxrl.plan.traffic import LANES, cut_fine, phases, train_traffic
-from jaxrl.plan.work import Work, model_flops, parameters, train_flops
+from jaxrl.plan.work import Work, model_flops, train_flops
 
 GIB = 2**30
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from jaxrl import parallel
 from jaxrl.plan import chips
 from jaxrl.plan.memory import memories, peak
+from jaxrl.plan.sizes import own_parameters
 from jaxrl.plan.traffic import cut_fine, phases
 from jaxrl.plan.work import Work, rows_parts
 
@@ -54,24 +55,33 @@ def _indivisible(work: Work, mesh: Mapping[str, int]) -> str | None:
         "fsdp": {"width": c.width},
         "stage": {"layers": c.layers},
     }
+    if c.experts is not None:
+        tables["expert"] = {"experts": c.experts.experts}
+        tables["tensor"] |= {"experts.ffn": c.experts.ffn, "experts.shared": c.experts.shared}
     for axis, sizes in tables.items():
         for name, size in sizes.items():
             if size % mesh[axis]:
                 return f"{name} is {size}, which the {mesh[axis]} devices of mesh axis {axis!r} do not divide"
+    if c.dense_layers and mesh["stage"] > 1:
+        return f"the first {c.dense_layers} layers are dense, and stages must be alike; choose a mesh without stages"
+    try:
+        own_parameters(c, mesh)
+    except ValueError as error:
+        return str(error)
     return None
 
 
-def meshes(place: chips.Topology) -> Iterator[dict[str, int]]:
-    """Sizes of data, fsdp, context and tensor whose product is the number of devices; all powers of two but fsdp."""
+def meshes(place: chips.Topology, *, experts: bool = False) -> Iterator[dict[str, int]]:
+    """Sizes of data, fsdp, context, tensor and, if asked for, expert, whose product is the number of devices.
+
+    All are powers of two but fsdp.
+    """
     powers = [2**i for i in range(place.devices.bit_length())]
-    for tensor, context, data in itertools.product(powers, repeat=3):
-        if place.devices % (tensor * context * data) == 0:
-            given = {
-                "data": data,
-                "context": context,
-                "tensor": tensor,
-                "fsdp": place.devices // (tensor * context * data),
-            }
+    for tensor, context, data, expert in itertools.product(powers, powers, powers, powers if experts else [1]):
+        taken = tensor * context * data * expert
+        if place.devices % taken == 0:
+            given = {"data": data, "context": context, "tensor": tensor, "expert": expert}
+            given["fsdp"] = place.devices // taken
             yield {axis: given.get(axis, 1) for axis in parallel.AXES}
 
 
@@ -87,7 +97,7 @@ def search(work: Work, place: chips.Topology, *, own_sampler: bool = False) -> l
       own_sampler: give each mesh the best `sampler_mesh` beside it.
     """
     found = []
-    for sizes in meshes(place):
+    for sizes in meshes(place, experts=work.config.experts is not None):
         if not _reaches(sizes, place):
             continue
         on_mesh = dataclasses.replace(work, mesh=sizes, micro_batches=1)
@@ -107,7 +117,7 @@ def search(work: Work, place: chips.Topology, *, own_sampler: bool = False) -> l
 def sampler_mesh(work: Work, place: chips.Topology) -> dict[str, int] | None:
     """The mesh of data and tensor on which sampling is quickest and fits beside what training holds; None: none."""
     best: tuple[float, dict[str, int] | None] = (math.inf, None)
-    for sizes in meshes(place):
+    for sizes in meshes(place, experts=work.config.experts is not None):
         one = dataclasses.replace(work, sampler_mesh=sizes)
         if sizes["fsdp"] > 1 or sizes["context"] > 1 or misfit(one) or work.batch % rows_parts(sizes):
             continue

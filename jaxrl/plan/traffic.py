@@ -7,17 +7,8 @@ from typing import NamedTuple
 from jaxrl.plan import chips
 from jaxrl.plan.hlo import Traffic
 from jaxrl.plan.memory import MOMENTS, cache_bytes, working
-from jaxrl.plan.work import (
-    Work,
-    bytes_of,
-    heads_of,
-    layer_matrices,
-    own_parameters,
-    rows_parts,
-    sample_flops,
-    table_entries,
-    train_flops,
-)
+from jaxrl.plan.sizes import attention_widths, gathered, own_parameters, table_entries
+from jaxrl.plan.work import Work, bytes_of, empty_places, rows_parts, sample_flops, train_flops
 
 LANES = 128
 """Width of a TPU's tile: a matrix cut finer along its last axis is gathered by an all-reduce, at twice the bytes."""
@@ -35,14 +26,15 @@ def train_traffic(work: Work) -> tuple[Traffic, ...]:
     reduce-scattered, in the compute type; the embedding's rows exchanged for its columns. With zero 2 and 1 gradients
     in the compute type, then the new parameters. data, expert and context: gradients all-reduced. tensor: two
     all-reduces of the residual stream a layer forward, two backward, one again under "full"; one for the embedding and
-    one for the head. context: keys and values around the ring forward, again under remat, and with their gradients
-    (float32) backward. stage: the residual stream to the next, forward and backward.
+    one for the head. expert: the rows of a token's experts there and back, forward and backward, and again what remat
+    leaves. context: keys and values around the ring forward, again under remat, and with their gradients (float32)
+    backward. stage: the residual stream to the next, forward and backward.
     """
     c, n, rounds = work.config, work.mesh, work.micro_batches
     item, stored = bytes_of(c.dtype), bytes_of(c.param_dtype)
     share = lambda axis: (n[axis] - 1) / n[axis]
     table = table_entries(c, n) * item
-    layers = layer_matrices(c) / n["tensor"] / n["stage"] * item
+    layers = gathered(c, n) * item
     every = layers + table * (1 if c.tie_embeddings else 2)
     stream = work.own_tokens * c.width * item
     each, again = c.layers / n["stage"], c.remat != "none"
@@ -54,8 +46,8 @@ def train_traffic(work: Work) -> tuple[Traffic, ...]:
 
     if work.zero == 3:
         passes = 2 + work.reference
-        gathered = passes * layers + (1 + work.reference) * table
-        add("all-gather", "fsdp", rounds * gathered * share("fsdp"), rounds * passes)
+        sent = passes * layers + (1 + work.reference) * table
+        add("all-gather", "fsdp", rounds * sent * share("fsdp"), rounds * passes)
         add("reduce-scatter", "fsdp", rounds * (layers + table) * share("fsdp"), rounds)
         add("all-to-all", "fsdp", rounds * 2 * stream * share("fsdp"), rounds * 2)
     else:
@@ -66,7 +58,11 @@ def train_traffic(work: Work) -> tuple[Traffic, ...]:
         add("all-reduce", axis, 2 * every / (n["fsdp"] if work.zero > 1 else 1) * share(axis))
     times = rounds * ((4 + (c.remat == "full") + 2 * work.reference) * each + 2)
     add("all-reduce", "tensor", times * 2 * stream * share("tensor"), times)
-    keys = 2 * work.own_tokens * heads_of(c)[1] / n["tensor"]
+    if c.experts is not None:
+        rows = rounds * (c.layers - c.dense_layers) / n["stage"] * (4 + again * 2 + work.reference * 2)
+        add("all-to-all", "expert", rows * c.experts.top_k * stream * share("expert"), rows)
+    widths = attention_widths(c)
+    keys = work.own_tokens * (widths.keys + widths.values) / n["tensor"]
     forward, hops = 1 + again + work.reference, rounds * each * (n["context"] - 1)
     add("collective-permute", "context", hops * keys * ((forward + 1) * item + 4), hops * (forward + 1))
     add("collective-permute", "stage", rounds * 2 * stream, 2 * rounds)
@@ -90,8 +86,8 @@ def sample_traffic(work: Work) -> tuple[Traffic, ...]:
 
 
 def _matrices(work: Work) -> float:
-    """Entries of all matrices that a token is multiplied by, on one device."""
-    return layer_matrices(work.config) / work.mesh["tensor"] + table_entries(work.config, work.mesh)
+    """Entries of all matrices, those of all experts here too, on one device of a stage's tensor slices."""
+    return gathered(work.config, work.mesh) * work.mesh["stage"] + table_entries(work.config, work.mesh)
 
 
 def train_bytes(work: Work) -> float:
@@ -142,7 +138,8 @@ def roofline(
 def phases(work: Work, place: chips.Topology) -> dict[str, Roofline]:
     """Rooflines of a step's phases: train; for grpo, prefill and decode before it."""
     devices = math.prod(work.mesh.values())
-    flops = sum(train_flops(work).values()) / devices
+    parts = train_flops(work)
+    flops = (sum(parts.values()) + (empty_places(work) - 1) * (parts["layers"] + parts["attention"])) / devices
     found = {"train": roofline(flops, train_bytes(work), train_traffic(work), place, work.mesh)}
     if work.task == "grpo":
         one, steps = work.sampling, work.completion - 1

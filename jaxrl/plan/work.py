@@ -1,4 +1,4 @@
-"""One step of training, and what it counts to from its sizes alone: parameters and FLOPs."""
+"""One step of training, and the FLOPs that it counts to from its sizes alone."""
 
 import dataclasses
 import math
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxrl.nets.transformer import TransformerConfig
 from jaxrl.parallel.sharding import BATCH
+from jaxrl.plan.sizes import attention_widths, layer_matrices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +28,6 @@ class Work:
     zero: int = 3
     optimizer: str = "float32"
 
-    def __post_init__(self):
-        if self.config.experts is not None:
-            raise ValueError("plan counts dense layers only, and the config has experts")
-
     @property
     def rows(self) -> int:
         """Rows that go through the network in a step."""
@@ -49,10 +46,11 @@ class Work:
 
     @property
     def sampling(self) -> "Work":
-        """The same on the sampler's mesh."""
-        return (
-            self if self.sampler_mesh is None else dataclasses.replace(self, mesh=self.sampler_mesh, sampler_mesh=None)
-        )
+        """The same on the sampler's mesh; a copy of its own has the type of the computation."""
+        if self.sampler_mesh is None:
+            return self
+        config = dataclasses.replace(self.config, param_dtype=self.config.dtype)
+        return dataclasses.replace(self, config=config, mesh=self.sampler_mesh, sampler_mesh=None)
 
 
 def rows_parts(mesh: Mapping[str, int]) -> int:
@@ -65,44 +63,12 @@ def bytes_of(dtype: str) -> int:
     return jnp.dtype(dtype).itemsize
 
 
-def heads_of(config: TransformerConfig) -> tuple[int, int]:
-    """Width of all query heads, and of all key heads."""
-    return config.heads * config.head_size, config.kv_heads * config.head_size
-
-
-def parameters(config: TransformerConfig) -> dict[str, int]:
-    """Parameters by part: embed, attention, ffn, norms, unembed (0 where it is tied)."""
-    c, (heads, keys) = config, heads_of(config)
-    attention = c.width * (2 * heads + 2 * keys) + c.qkv_bias * (heads + 2 * keys)
-    return {
-        "embed": c.vocab_size * c.width,
-        "attention": c.layers * attention,
-        "ffn": c.layers * 3 * c.width * c.ffn,
-        "norms": c.layers * (2 * c.width + c.qk_norm * 2 * c.head_size) + c.width,
-        "unembed": 0 if c.tie_embeddings else c.vocab_size * c.width,
-    }
-
-
-def layer_matrices(config: TransformerConfig) -> int:
-    """Entries of the matrices of all layers."""
-    heads, keys = heads_of(config)
-    return config.layers * config.width * (2 * heads + 2 * keys + 3 * config.ffn)
-
-
-def table_entries(config: TransformerConfig, mesh: Mapping[str, int]) -> float:
-    """Entries of the embedding, or the unembedding, of one tensor slice; whole where the vocabulary does not divide."""
-    divided = config.vocab_size % mesh["tensor"] == 0
-    return config.vocab_size * config.width / (mesh["tensor"] if divided else 1)
-
-
-def own_parameters(config: TransformerConfig, mesh: Mapping[str, int], *, fsdp: bool = True) -> int:
-    """Parameters on one device, by `jaxrl.parallel.RULES`: matrices over stage, fsdp and tensor, norms over stage."""
-    c, t, (heads, keys) = config, mesh["tensor"], heads_of(config)
-    parts = mesh["fsdp"] * t if fsdp else t
-    vectors = c.qkv_bias * (heads + 2 * keys) // t + 2 * c.width + c.qk_norm * 2 * c.head_size
-    layers = (layer_matrices(c) // parts + c.layers * vectors) // mesh["stage"]
-    tables = (1 if c.tie_embeddings else 2) * table_entries(c, mesh) / (mesh["fsdp"] if fsdp else 1)
-    return layers + int(tables) + c.width
+def empty_places(work: Work) -> float:
+    """Work of a pipeline's layers over what is of use: (M + S - 1) / M for S stages and M micro-batches."""
+    stages = work.mesh["stage"]
+    rows = max(work.rows // (work.micro_batches * rows_parts(work.mesh)), 1)
+    parts = max(m for m in range(1, 4 * stages + 1) if rows % m == 0)
+    return (parts + stages - 1) / parts
 
 
 def pairs(config: TransformerConfig, columns: int, *, causal: bool = True) -> float:
@@ -126,7 +92,7 @@ def train_flops(work: Work, *, dense: bool = False) -> dict[str, float]:
     layers: 2 a parameter and token forward, 4 backward, and what `remat` computes again: "full" all but the last
     product of a layer, "dots" none. attention: two products forward and, as kernels do that keep no scores, five
     backward; again forward under "full" and "dots". unembed: forward, again, and two backward. reference: one forward
-    pass. Work that a pipeline does on empty places is left out.
+    pass. Of experts a token meets top_k. Work that a pipeline does on empty places is left out (`empty_places`).
 
     Args:
       work: the step.
@@ -134,9 +100,10 @@ def train_flops(work: Work, *, dense: bool = False) -> dict[str, float]:
     """
     c, columns = work.config, work.length - 1
     tokens = work.rows * columns
-    forward = 2.0 * tokens * layer_matrices(c)
-    again = {"none": 0.0, "dots": 0.0, "full": forward - 2.0 * tokens * c.layers * c.width * c.ffn}[c.remat]
-    attention = 4.0 * work.rows * pairs(c, columns, causal=not dense) * heads_of(c)[0]
+    forward, widths = 2.0 * tokens * layer_matrices(c, active=True), attention_widths(c)
+    last = c.layers * c.width * c.ffn if c.experts is None else 0.0
+    again = {"none": 0.0, "dots": 0.0, "full": forward - 2.0 * tokens * last}[c.remat]
+    attention = 2.0 * work.rows * pairs(c, columns, causal=not dense) * (widths.scores + widths.mixed)
     unembed = 2.0 * tokens * work.scored * c.width * c.vocab_size
     parts = {
         "layers": 3 * forward + again,
@@ -158,13 +125,16 @@ def model_flops(work: Work) -> float:
 def sample_flops(work: Work) -> dict[str, float]:
     """FLOPs on all devices of the sampler: all prompts read, and all completions drawn to their full width.
 
-    A drawn token looks at all columns of the cache, as it is laid out in full.
+    A drawn token looks at all columns of the cache, as it is laid out in full; latent attention at the latents.
     """
     c = work.config
     prompts, prompt = work.batch // work.group, work.length - work.completion
-    scores, logits = 4.0 * heads_of(c)[0] * c.layers * work.length, 2.0 * c.width * c.vocab_size
-    each = 2.0 * layer_matrices(c) + scores
+    matrices, logits = 2.0 * layer_matrices(c, active=True), 2.0 * c.width * c.vocab_size
+    widths, latent = attention_widths(c), c.latent
+    plain = widths.scores + widths.mixed
+    absorbed = plain if latent is None else c.heads * (latent.cached + latent.kv_rank)
+    scores = lambda width: 2.0 * width * c.layers * work.length
     return {
-        "prefill": prompts * (prompt * each + logits),
-        "decode": (work.completion - 1) * work.batch * (each + logits),
+        "prefill": prompts * (prompt * (matrices + scores(plain)) + logits),
+        "decode": (work.completion - 1) * work.batch * (matrices + scores(absorbed) + logits),
     }

@@ -7,6 +7,7 @@ and the order of things, and with it the whole run, is always the same.
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -88,11 +89,25 @@ def two_meshes(training: str, sampling: str, *, devices=None) -> tuple[Mesh, Mes
     )
 
 
-def light(state: Any) -> Any:
-    """A state without what only the trainer needs: optimizer state and reference."""
+def light(state: Any, dtype: str | None = None) -> Any:
+    """A state without what only the trainer needs: optimizer, reference, and digits that `dtype` does not hold."""
     if isinstance(state, Over):
-        return Over(state.base, light(state.state))
-    return dataclasses.replace(state, opt_state=None, reference=None)
+        return Over(state.base, light(state.state, dtype))
+    params = state.params if dtype is None else as_computed(state.params, dtype)
+    return dataclasses.replace(state, opt_state=None, reference=None, params=params)
+
+
+def as_computed(params: Any, dtype: str) -> Any:
+    """Parameters with their matrices in the type of the computation, to which each use would round them.
+
+    Norms, biases and routers, which may be used in float32, stay as they are: the network computes the same.
+    """
+
+    def rounded(path, x):
+        kept = re.search("norm|bias|router", jax.tree_util.keystr(path)) or not jnp.issubdtype(x.dtype, jnp.floating)
+        return x if kept else x.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(rounded, params)
 
 
 def _at(fresh: Any, policy: Any) -> Any:
@@ -122,6 +137,7 @@ def make(
     place_batch: Callable,
     policy_shardings: Callable,
     lag: int,
+    dtype: str | None = None,
 ) -> tuple[Callable, Callable]:
     """An iteration over two meshes, for `loop.run(..., jit=False)`.
 
@@ -137,6 +153,7 @@ def make(
       policy_shardings: from a light state to its shardings on the sampling mesh. It is copied there, as the trainer's
         own buffers are given away at each update.
       lag: updates between drawing and learning, at least 0.
+      dtype: type of the sampler's computation, in which it keeps its matrices; None keeps the trainer's.
 
     Returns:
       `(begin, step)`: `begin(state, problems) -> Apart` draws the first `lag` batches, `step(Apart, problems) ->
@@ -148,6 +165,7 @@ def make(
     if lag < 0:
         raise ValueError(f"lag is {lag}; expected 0 (sample, then learn) or a number of updates")
     sample, learn = jax.jit(sample), jax.jit(learn, donate_argnums=0)
+    rounded = jax.jit(lambda state: light(state, dtype))
 
     def place_policy(policy):
         return jax.device_put(policy, policy_shardings(policy), may_alias=False)
@@ -158,7 +176,7 @@ def make(
         return policy, Drawn(completions, rows, version)
 
     def begin(state, problems) -> Apart:
-        policy, pending = place_policy(light(state)), ()
+        policy, pending = place_policy(rounded(state)), ()
         for _ in range(lag):
             policy, drawn = draw(policy, problems)
             pending = (*pending, drawn)
@@ -173,6 +191,6 @@ def make(
         values, parts = given if isinstance(given, Scored) else (given, {})
         train, metrics = learn(state.train, batch.completions, jnp.asarray(values, jnp.float32), batch.rows)
         metrics = metrics | parts | {"policy/lag": (age - batch.version).astype(jnp.float32)}
-        return Apart(train, place_policy(_at(light(train), policy)), tuple(pending)), metrics
+        return Apart(train, place_policy(_at(rounded(train), policy)), tuple(pending)), metrics
 
     return begin, step

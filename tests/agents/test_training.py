@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl import cli, envs, metrics
+from jaxrl import cli, commands, envs, metrics
 from jaxrl.agents import catalogue, film, population, ppo, training
 from jaxrl.agents.evaluate import evaluate
 
@@ -110,8 +110,8 @@ def test_annealing_over_the_whole_run():
 def test_the_settings_are_those_of_the_environment(tmp_path):
     """Wherever it is named: as a flag, in a file, in a folder."""
     (tmp_path / "run.toml").write_text('env = "Pendulum-v1"')
-    assert cli._value(["--config", str(tmp_path / "run.toml")], "--env") == "Pendulum-v1"
-    assert cli._value(["--env", "Catch", "--config", str(tmp_path / "run.toml")], "--env") == "Catch"
+    assert commands.value(["--config", str(tmp_path / "run.toml")], "--env") == "Pendulum-v1"
+    assert commands.value(["--env", "Catch", "--config", str(tmp_path / "run.toml")], "--env") == "Catch"
     assert training.options("ppo", "Pendulum-v1").agent != training.options("ppo", "CartPole-v1").agent
 
 

@@ -12,8 +12,10 @@ from jaxrl import parallel
 from jaxrl.losses import reduce
 from jaxrl.nets import presets
 from jaxrl.nets.language_model import language_model
+from jaxrl.nets.latent_attention import LatentConfig
+from jaxrl.nets.moe import MoEConfig
 from jaxrl.nets.transformer import TransformerConfig
-from jaxrl.plan import chips, memory, report, search, traffic, work
+from jaxrl.plan import chips, memory, report, search, sizes, traffic, work
 from jaxrl.plan.options import MODELS
 from jaxrl.posttrain import update
 
@@ -32,25 +34,41 @@ PUBLISHED = {
     "qwen3-8b": 8_190_735_360,
     "qwen3-14b": 14_768_307_200,
     "qwen3-32b": 32_762_123_264,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "mixtral-8x7b": 46_702_792_704,
+    "deepseek-7b": 6_910_365_696,
+    "deepseek-67b": 67_425_001_472,
+    "deepseek-v2-lite": 15_706_484_224,
+    "deepseek-v2": 235_741_434_880,
+    "deepseek-v3": 671_026_419_200,
+    "moonlight-16b-a3b": 15_960_110_208,
 }
 """Parameters as the models' checkpoints hold them, a tied embedding once."""
 
 SMALL = TransformerConfig(vocab_size=96, width=64, layers=4, heads=8, kv_heads=4, ffn=160, max_length=512)
 
 
-def sizes(**given):
+MIXTURE = dataclasses.replace(
+    SMALL,
+    kv_heads=8,
+    latent=LatentConfig(kv_rank=32, nope=12, rope=4, value=8, q_rank=48),
+    experts=MoEConfig(8, 2, 32, shared=64, first_dense=1, score="sigmoid", normalise=True, bias=True),
+)
+
+
+def axes(**given):
     """All axes of a mesh."""
     return {axis: given.get(axis, 1) for axis in parallel.AXES}
 
 
 def a_work(task="sft", batch=16, length=65, config=SMALL, mesh=None, **changes):
-    return work.Work(config, task, batch, length, sizes(**(mesh or {})), **changes)
+    return work.Work(config, task, batch, length, axes(**(mesh or {})), **changes)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_are_the_published_ones_and_the_models_own(name):
     config = getattr(presets, MODELS[name])()
-    counted = sum(work.parameters(config).values())
+    counted = sum(sizes.parameters(config).values())
     shapes = jax.eval_shape(language_model(config).init, jax.random.key(0))
     assert counted == sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
     assert counted == PUBLISHED.get(name, counted)
@@ -72,6 +90,47 @@ def test_what_a_device_holds_is_what_the_rules_say(options, mesh, zero):
     held = memory.held(a_work(config=config, mesh=mesh, zero=zero))
     assert held["parameters"] == 4 * sum(jax.tree.leaves(own["params"]))
     assert held["optimizer"] == 4 * sum(jax.tree.leaves(own["opt_state"]))
+
+
+@pytest.mark.parametrize("mesh", [{"expert": 4, "tensor": 2}, {"expert": 2, "fsdp": 2, "tensor": 2}])
+def test_what_a_device_holds_of_a_mixture(mesh):
+    test_what_a_device_holds_is_what_the_rules_say(
+        {name: getattr(MIXTURE, name) for name in ("kv_heads", "latent", "experts")}, mesh, 3
+    )
+
+
+def test_a_token_of_deepseek_v3_meets_37b_of_671b():
+    """arXiv:2412.19437, section 1, counts the embedding and the head in."""
+    config = presets.deepseek_v3()
+    assert sizes.layer_matrices(config, active=True) + 2 * sizes.table_entries(config, axes()) == pytest.approx(
+        37e9, rel=0.02
+    )
+    lite = presets.deepseek_v2_lite()  # 15.7B and 2.4B (arXiv:2405.04434, appendix B)
+    assert sizes.layer_matrices(lite, active=True) + sizes.table_entries(lite, axes()) == pytest.approx(2.4e9, rel=0.03)
+
+
+def test_experts_and_latents_by_hand():
+    """Two tokens' rows go to other devices of the axis, and a token's cache is its latent and its rotated key."""
+    one = a_work(config=MIXTURE, mesh={"expert": 4})
+    sent = [x for x in traffic.train_traffic(one) if x.axes == ("expert",) and x.kind == "all-to-all"]
+    stream = 16 / 4 * 64 * 64 * 4
+    assert [x.bytes for x in sent] == [3 * 6 * 2 * stream * 3 / 4]  # 3 layers; there and back, backward, again
+    cache = memory.cache_bytes(a_work("grpo", config=MIXTURE, completion=32, group=4))
+    assert cache == 4 * 16 * (32 + 4) * 65 * 4
+    dense = dataclasses.replace(SMALL, kv_heads=8)
+    scores = lambda c, width: 2 * 16 * work.pairs(c, 64) * width
+    assert work.train_flops(one)["attention"] / 4.5 == scores(MIXTURE, 8 * (16 + 8))
+    assert work.train_flops(a_work(config=dense))["attention"] / 4.5 == scores(dense, 8 * (8 + 8))
+
+
+def test_a_pipeline_computes_on_empty_places():
+    assert work.empty_places(a_work()) == 1.0
+    assert work.empty_places(a_work(mesh={"stage": 4})) == (16 + 3) / 16  # 16 rows, one at a time
+    place = chips.topology("v5e:2x2")
+    llama = presets.llama31_8b(dtype="bfloat16")
+    alone = traffic.phases(a_work(batch=4, length=2049, config=llama, mesh={"fsdp": 4}), place)["train"].compute
+    staged = traffic.phases(a_work(batch=4, length=2049, config=llama, mesh={"stage": 4}), place)["train"].compute
+    assert 1.5 < staged / alone < 1.75  # four rows in four micro-batches: 7 / 4, but for the head
 
 
 @pytest.mark.parametrize(("window", "layers"), [(None, None), (5, None), (5, (1, 2)), (99, None)])
@@ -115,7 +174,7 @@ def test_flops_of_the_tasks():
     needed = work.model_flops(a_work())
     full = dataclasses.replace(SMALL, remat="full")
     assert needed == work.model_flops(a_work(config=full)) < sum(work.train_flops(a_work(config=full)).values())
-    parts = 6 * work.layer_matrices(SMALL) + 6 * SMALL.width * SMALL.vocab_size
+    parts = 6 * sizes.layer_matrices(SMALL) + 6 * SMALL.width * SMALL.vocab_size
     attention = 12 * 16 * work.pairs(SMALL, 64) * SMALL.heads * SMALL.head_size
     assert needed == pytest.approx(16 * 64 * parts + attention)
 
@@ -156,7 +215,7 @@ def test_traffic_by_hand():
     mesh = {"data": 2, "fsdp": 4, "tensor": 2}
     config = dataclasses.replace(SMALL, remat="full")
     sent = {(x.kind, x.axes[0]): x.bytes for x in traffic.train_traffic(a_work(config=config, mesh=mesh))}
-    layers, table = work.layer_matrices(SMALL) / 2 * 4, 96 * 64 / 2 * 4
+    layers, table = sizes.layer_matrices(SMALL) / 2 * 4, 96 * 64 / 2 * 4
     stream = 16 / 8 * 64 * 64 * 4
     assert sent == {
         ("all-gather", "fsdp"): (2 * layers + table) * 3 / 4,
@@ -180,10 +239,13 @@ def test_the_slowest_resource_binds():
     one = a_work("grpo", 64, 2048, llama, {"data": 8, "tensor": 8}, completion=1024, group=8)
     each = traffic.phases(one, place)
     assert each["decode"].bound == "memory"
-    gathering = traffic.phases(dataclasses.replace(one, mesh=sizes(fsdp=8, tensor=8)), place)
+    gathering = traffic.phases(dataclasses.replace(one, mesh=axes(fsdp=8, tensor=8)), place)
     assert gathering["decode"].bound == "fsdp"
-    apart = dataclasses.replace(one, mesh=sizes(fsdp=8, tensor=8), sampler_mesh=sizes(data=8, tensor=8))
-    assert traffic.phases(apart, place)["decode"] == each["decode"]
+    apart = dataclasses.replace(one, mesh=axes(fsdp=8, tensor=8), sampler_mesh=axes(data=8, tensor=8))
+    stored = dataclasses.replace(llama, param_dtype="bfloat16")  # as a copy for the sampler is
+    assert traffic.phases(apart, place)["decode"] == traffic.phases(a_work(
+        "grpo", 64, 2048, stored, {"data": 8, "tensor": 8}, completion=1024, group=8
+    ), place)["decode"]  # fmt: skip
     for each_one in each.values():
         assert each_one.seconds <= each_one.serial
 
@@ -201,19 +263,19 @@ def test_the_slowest_resource_binds():
 )
 def test_links_of_an_axis(name, mesh, links):
     place = chips.topology(name)
-    speed = chips.bandwidths(place, sizes(**mesh))
+    speed = chips.bandwidths(place, axes(**mesh))
     assert speed == {axis: n * place.chip.link for axis, n in links.items()}
 
 
 def test_slices_and_hosts_are_crossed_by_the_outermost_axes():
     two = chips.topology("2xv5e:16x16")
     assert two.devices == 512 and two.name == "2xv5e:16x16"
-    speed = chips.bandwidths(two, sizes(data=2, fsdp=16, tensor=16))
+    speed = chips.bandwidths(two, axes(data=2, fsdp=16, tensor=16))
     assert speed == {"data": two.chip.network, "fsdp": 2 * two.chip.link, "tensor": 2 * two.chip.link}
     with pytest.raises(ValueError, match="has 2 slices, and none of stage, data and fsdp is a multiple of that"):
-        chips.bandwidths(two, sizes(fsdp=1, tensor=512))
+        chips.bandwidths(two, axes(fsdp=1, tensor=512))
     gpus = chips.topology("h100:4x8")
-    speed = chips.bandwidths(gpus, sizes(fsdp=4, tensor=8))
+    speed = chips.bandwidths(gpus, axes(fsdp=4, tensor=8))
     assert speed == {"tensor": gpus.chip.link, "fsdp": gpus.chip.network}
 
 
@@ -236,11 +298,14 @@ def test_bad_topologies_are_refused(name, message):
 
 def test_what_does_not_divide_is_said_before_anything_is_made():
     assert search.misfit(a_work(mesh={"fsdp": 8})) is None
+    mixture = a_work(config=MIXTURE, mesh={"expert": 16})
+    assert "experts is 8, which the 16 devices of mesh axis 'expert'" in search.misfit(mixture)
+    assert "first 1 layers are dense" in search.misfit(a_work(config=MIXTURE, mesh={"stage": 2}))
     assert "kv_heads is 4, which the 8 devices of mesh axis 'tensor'" in search.misfit(a_work(mesh={"tensor": 8}))
     assert "layers is 4, which the 8 devices of mesh axis 'stage'" in search.misfit(a_work(mesh={"stage": 8}))
     reason = search.misfit(a_work(batch=12, mesh={"fsdp": 4, "tensor": 2}, micro_batches=2))
     assert "batch of 12 in 2 micro-batches does not divide over the 4 devices" in reason and "multiple of 8" in reason
-    one = dataclasses.replace(a_work("grpo", completion=32, group=4), sampler_mesh=sizes(tensor=8))
+    one = dataclasses.replace(a_work("grpo", completion=32, group=4), sampler_mesh=axes(tensor=8))
     assert "kv_heads" in search.misfit(one)
 
 
@@ -256,7 +321,7 @@ def test_the_search_finds_what_fits_and_the_shortest_step_first():
     for mesh in ({"fsdp": 16}, {"fsdp": 8, "tensor": 2}, {"data": 2, "fsdp": 8}):
         for remat in search.REMATS:
             config = dataclasses.replace(one.config, remat=remat)
-            other = search.evaluate(dataclasses.replace(one, mesh=sizes(**mesh), config=config), place)
+            other = search.evaluate(dataclasses.replace(one, mesh=axes(**mesh), config=config), place)
             assert other.memory > place.chip.memory or spent(other) >= spent(found[0])
     assert search.search(dataclasses.replace(one, config=presets.llama31_70b()), place) == []
     large = search.search(dataclasses.replace(one, batch=256), chips.topology("v5e:16x16"))
@@ -275,7 +340,7 @@ def test_the_samplers_mesh_gathers_nothing_and_fits():
     assert all(sum(every[name].values()) <= place.chip.memory for name in ("sample", "lay out"))
     copy = every["sample"]["sampler's copy"]
     assert every["train"]["sampler's copy"] == copy == every["lay out"]["sampler's copy, old and new"] / 2
-    assert copy == 4 * work.own_parameters(llama, mesh)
+    assert copy == 2 * sizes.own_parameters(llama, mesh)  # in bfloat16, as it computes
     assert traffic.phases(apart, place)["decode"].seconds < traffic.phases(one, place)["decode"].seconds
 
 
@@ -284,7 +349,7 @@ def test_hints_name_what_goes_badly():
     llama = presets.llama31_8b(dtype="bfloat16")
     fine = a_work(batch=256, config=llama, mesh={"fsdp": 32, "tensor": 8})
     assert report.hints(fine, place) == []
-    cut = report.hints(dataclasses.replace(fine, mesh=sizes(fsdp=64, tensor=4)), place)
+    cut = report.hints(dataclasses.replace(fine, mesh=axes(fsdp=64, tensor=4)), place)
     assert len(cut) == 1 and "pieces of 64" in cut[0] and "at most fsdp=32" in cut[0]
     grpo = dataclasses.replace(fine, task="grpo", completion=32, group=8)
     assert "--sampler-mesh" in report.hints(grpo, place)[0]

@@ -1,5 +1,6 @@
 """Sampling and training on different meshes: without a lag the run of one device, with one as old as it says."""
 
+import dataclasses
 import functools
 from functools import partial
 
@@ -12,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl import checkpoint, loop, metrics, parallel
 from jaxrl.nets.language_model import language_model
+from jaxrl.nets.moe import MoEConfig
 from jaxrl.nets.transformer import TransformerConfig
 from jaxrl.posttrain import apart, grpo, recipes
 from jaxrl.posttrain.rollout import Sampling
@@ -144,6 +146,20 @@ def test_resumes_bitwise(tmp_path):
 def test_meshes_that_do_not_add_up(training, sampling, message):
     with pytest.raises(ValueError, match=message):
         apart.two_meshes(training, sampling)
+
+
+def test_the_samplers_matrices_are_in_its_type_and_compute_the_same():
+    """A copy of half the bytes; routers see float32, so they must keep it."""
+    config = dataclasses.replace(CONFIG, dtype="bfloat16", qk_norm=True, experts=MoEConfig(4, 2, 8, shared=8))
+    model = language_model(config)
+    params = jax.tree.map(lambda x: 10 * x, jax.jit(model.init)(jax.random.key(0)))
+    copy = apart.as_computed(params, "bfloat16")
+    types = {jax.tree_util.keystr(path): x.dtype for path, x in jax.tree_util.tree_leaves_with_path(copy)}
+    wide = {path for path, dtype in types.items() if dtype == jnp.float32}
+    assert wide == {path for path in types if "router" in path or "norm" in path} < types.keys()
+    tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 16)
+    got, want = (jax.jit(lambda p: model.apply(p, tokens)[0])(p) for p in (copy, params))
+    np.testing.assert_array_equal(got, want)
 
 
 def test_a_negative_lag():

@@ -170,6 +170,7 @@ def _apart(run: GRPORun, setup: Setup, recipe: grpo.GRPO, reward: Callable) -> t
         place_batch=lambda batch: jax.device_put(batch, everywhere),
         policy_shardings=setup.sampler_shardings,
         lag=run.lag,
+        dtype=setup.transformer.dtype,
     )
 
 
