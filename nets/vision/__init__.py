@@ -1,0 +1,1 @@
+"""Networks that see: ViT, Swin and what they share."""
