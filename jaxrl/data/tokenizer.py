@@ -318,8 +318,13 @@ def load_tokenizer(spec: str | dict[str, Any]) -> Tokenizer:
     """
     kinds = {"byte": ByteTokenizer, "char": CharTokenizer, "huggingface": HuggingFaceTokenizer}
     if isinstance(spec, dict):
+        if spec.get("kind") == "trained":  # by jaxrl.text
+            from jaxrl.text.tokenizer import from_json
+
+            return from_json(spec)
         if spec.get("kind") not in kinds:
-            raise ValueError(f"a tokeniser's kind is one of {sorted(kinds)}, got {spec.get('kind')!r} in {spec}")
+            expected = sorted((*kinds, "trained"))
+            raise ValueError(f"a tokeniser's kind is one of {expected}, got {spec.get('kind')!r} in {spec}")
         return kinds[spec["kind"]].from_json(spec)
     if spec == "byte":
         return ByteTokenizer()

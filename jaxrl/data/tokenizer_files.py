@@ -99,7 +99,11 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
 
     Bytes and characters become BPE without merges: same ids, same texts.
     """
+    from jaxrl.text.tokenizer import TrainedTokenizer, save
+
     folder = Path(folder)
+    if isinstance(tokenizer, TrainedTokenizer):
+        return save(tokenizer, folder)
     if isinstance(tokenizer, HuggingFaceTokenizer):
         text = tokenizer.text if tokenizer.text is not None else Path(tokenizer.file).read_text(encoding="utf-8")
         names = {name: getattr(tokenizer, name) for name in ("eos_token", "pad_token", "bos_token")}
@@ -152,7 +156,7 @@ def _without_merges(tokenizer: Tokenizer, special: Sequence[str]) -> str:
     """The `tokenizer.json` of bytes or characters."""
     parts = _parts()
     if isinstance(tokenizer, ByteTokenizer):
-        letters = [_letter(byte) for byte in range(256)]
+        letters = [letter(byte) for byte in range(256)]
         writer = parts.Tokenizer(parts.models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
         writer.pre_tokenizer = parts.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         writer.decoder = parts.decoders.ByteLevel()
@@ -166,7 +170,7 @@ def _without_merges(tokenizer: Tokenizer, special: Sequence[str]) -> str:
     return writer.to_str()
 
 
-def _letter(byte: int) -> str:
+def letter(byte: int) -> str:
     """The printable letter that stands for a byte in GPT-2's vocabularies: itself, or one above U+0100."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     if byte in printable:
