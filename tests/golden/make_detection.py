@@ -1,0 +1,95 @@
+"""Write the golden values of tests/test_detection.py: random detections and COCO's figures for them.
+
+Run it in an environment of its own with pycocotools (it is not a dependency of this project):
+
+    python tests/golden/make_detection.py
+
+made with pycocotools 2.0.11. detection.npz holds detections/FIELD and truths/FIELD as `jaxrl.detection` takes them,
+  precision, recall   [10 thresholds, categories, 4 areas, 3 limits], precision averaged over recall, -1: no object
+  stats               the twelve figures
+Coordinates are quarters, so that widths, areas and IoU are exact; scores have one digit, so that many are equal. There
+are crowds, areas of their own, images without objects, without detections, with more than 100, categories without
+objects and without detections, detections on top of each other, and overlaps of exactly a threshold.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+IMAGES, CATEGORIES = 16, 5
+
+
+def boxes(draw, n):
+    """(x1, y1, x2, y2) in quarters; sides from 4 to 200."""
+    corner = draw.integers(0, 400, (n, 2)) / 4
+    sides = np.round(4 * np.exp(draw.uniform(np.log(4), np.log(200), (n, 2)))) / 4
+    return np.concatenate([corner, corner + sides], axis=1)
+
+
+def main():
+    draw = np.random.default_rng(0)
+    truths = {"image": draw.integers(1, IMAGES - 1, 120), "category": draw.integers(1, CATEGORIES, 120)}
+    truths |= {"box": boxes(draw, 120), "ignored": draw.random(120) < 0.1}
+    truths["area"] = np.round(
+        np.prod(truths["box"][:, 2:] - truths["box"][:, :2], axis=1) * draw.uniform(0.6, 1, 120), 2
+    )
+    # crowds where other objects are, and pairs of objects 8 apart, of which the first detection overlaps both alike
+    crowds = {key: value[20:40].copy() for key, value in truths.items()} | {"ignored": np.ones(20, bool)}
+    at = 50.0 * np.arange(6)[:, None] + np.array([[0, 0, 20, 20]])
+    pairs = {"image": np.full(12, 14), "category": np.full(12, 3), "box": np.concatenate([at, at + [8, 0, 8, 0]])}
+    pairs |= {"ignored": np.zeros(12, bool), "area": np.full(12, 400.0)}
+    truths = {key: np.concatenate([truths[key], crowds[key], pairs[key]]) for key in truths}
+    near = draw.choice(120, 420)  # detections near objects, copies of one another among them, and elsewhere
+    moved = truths["box"][near] + draw.integers(-12, 13, (420, 4)) * draw.choice([0, 0.25, 0.5, 1.0], (420, 1))
+    moved[:, 2:] = np.maximum(moved[:, 2:], moved[:, :2] + 0.25)
+    half = truths["box"][:20].copy()  # IoU exactly 0.5 and 0.75
+    half[:, 2] = half[:, 0] + (half[:, 2] - half[:, 0]) * np.where(np.arange(20) % 2, 0.5, 0.75)
+    crowded = boxes(draw, 130)
+    rest = boxes(draw, 60)
+    detections = {
+        "image": [truths["image"][near], truths["image"][:20], np.full(130, 3), draw.integers(1, IMAGES, 60),
+                  np.full(12, 14)],
+        "category": [truths["category"][near], truths["category"][:20], np.full(130, 2),
+                     draw.integers(2, CATEGORIES + 1, 60), np.full(12, 3)],
+        "box": [moved, half, crowded, rest, at + [4, 0, 4, 0], at + [10, 0, 10, 0]],
+        "score": [*(draw.integers(0, 10, n) / 10 for n in (420, 20, 130, 60)), np.full(6, 0.95), np.full(6, 0.92)],
+    }  # fmt: skip
+    detections = {key: np.concatenate(value) for key, value in detections.items()}
+    # category 1 has objects but no detections, category 5 the reverse; the last image has neither
+    kept = detections["category"] != 1
+    detections = {key: value[kept] for key, value in detections.items()}
+
+    def corners(box):
+        return [float(x) for x in (*box[:2], *(box[2:] - box[:2]))]
+
+    coco = COCO()
+    coco.dataset = {
+        "info": {},
+        "images": [{"id": i} for i in range(1, IMAGES + 1)],
+        "categories": [{"id": k} for k in range(1, CATEGORIES + 1)],
+        "annotations": [
+            {"id": i + 1, "image_id": int(image), "category_id": int(category), "bbox": corners(box),
+             "iscrowd": int(ignored), "area": float(area)}
+            for i, (image, category, box, ignored, area) in enumerate(zip(*truths.values(), strict=True))
+        ],
+    }  # fmt: skip
+    coco.createIndex()
+    results = [
+        {"image_id": int(image), "category_id": int(category), "bbox": corners(box), "score": float(score)}
+        for image, category, box, score in zip(*detections.values(), strict=True)
+    ]
+    evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    arrays = {f"detections/{k}": v for k, v in detections.items()} | {f"truths/{k}": v for k, v in truths.items()}
+    arrays |= {"precision": evaluation.eval["precision"].mean(1), "recall": evaluation.eval["recall"]}
+    path = Path(__file__).parent / "detection.npz"
+    np.savez_compressed(path, **arrays, stats=evaluation.stats)
+    print(path.name, path.stat().st_size, evaluation.stats)
+
+
+if __name__ == "__main__":
+    main()

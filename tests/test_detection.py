@@ -1,0 +1,150 @@
+"""Average precision: worked examples, VOC by a loop, COCO by what tests/golden/make_detection.py stored."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxrl.detection import Detections, Truths, average_precision, coco_metrics, coco_tables, iou, voc_metrics
+
+GOLDEN = Path(__file__).parent / "golden" / "detection.npz"
+HITS = np.array([1, 0, 1, 1, 0, 1, 0, 0, 1, 0], bool)
+
+
+@pytest.fixture(scope="module")
+def stored():
+    """(detections, truths, arrays) of the golden file."""
+    with np.load(GOLDEN) as file:
+        arrays = dict(file)
+    detections, truths = (
+        kind(**{name: arrays[f"{kind.__name__.lower()}/{name}"] for name in kind._fields})
+        for kind in (Detections, Truths)
+    )
+    return detections, truths, arrays
+
+
+@pytest.mark.parametrize("points, want", [(11, 0.5480), (None, 0.5317), (101, 0.5325)])
+def test_three_rules_on_a_worked_example(points, want):
+    assert abs(average_precision(HITS, 7, points=points) - want) < 1e-4
+
+
+@pytest.mark.parametrize("points", [None, 11, 101])
+def test_edges_of_average_precision(points):
+    assert average_precision(np.ones(3, bool), 3, points=points) == pytest.approx(1)
+    assert average_precision(np.zeros(3, bool), 3, points=points) == 0
+    assert average_precision(np.zeros(0, bool), 3, points=points) == 0
+    assert np.isnan(average_precision(np.zeros(2, bool), 0, points=points))
+    # detections after the last hit, and misses that a hit follows, do not count
+    assert average_precision([1, 0, 0], 2, points=points) == average_precision([1], 2, points=points)
+    # many points come near the area of the envelope
+    assert average_precision(HITS, 7, points=100_001) == pytest.approx(average_precision(HITS, 7), abs=1e-4)
+
+
+def test_iou_of_boxes_crowds_and_pixels():
+    box = np.array([[0, 0, 4, 4], [10, 10, 11, 11], [2, 2, 2, 2]], float)
+    other = np.array([[2, 0, 6, 4], [0, 0, 4, 4]], float)
+    np.testing.assert_allclose(iou(box, other), [[8 / 24, 1], [0, 0], [0, 0]])
+    np.testing.assert_allclose(iou(box, other, crowd=np.array([True, False])), [[0.5, 1], [0, 0], [0, 0]])
+    np.testing.assert_allclose(iou(box, other, border=1.0)[0], [15 / 35, 1])
+
+
+def test_coco_equals_pycocotools(stored):
+    detections, truths, arrays = stored
+    categories, precision, recall = coco_tables(detections, truths)
+    np.testing.assert_array_equal(categories, [1, 2, 3, 4, 5])
+    for got, want in ((precision, arrays["precision"]), (recall, arrays["recall"])):
+        np.testing.assert_allclose(np.nan_to_num(got, nan=-1), want, atol=1e-12)
+    np.testing.assert_allclose(list(coco_metrics(detections, truths).values()), arrays["stats"], atol=1e-12)
+    assert (arrays["recall"] == -1).any() and (arrays["recall"][:, 0, 0] == 0).all()
+
+
+def test_coco_does_not_depend_on_order_where_nothing_is_equal(stored):
+    detections, truths, _ = stored
+    truths = Truths(*(field[:-12] for field in truths))  # the last twelve are pairs that a detection overlaps alike
+    draw = np.random.default_rng(0)
+    detections = detections._replace(score=detections.score + draw.uniform(0, 0.01, len(detections.score)))
+    want = coco_tables(detections, truths).precision
+    moved = [
+        type(x)(*(field[order] for field in x)) for x in (detections, truths) for order in [draw.permutation(len(x[0]))]
+    ]
+    np.testing.assert_allclose(coco_tables(*moved).precision, want, atol=1e-12)
+
+
+def slow_voc(detections, truths, category, threshold, border):
+    """(hits by falling score without those that do not count, objects), as VOC's development kit reads."""
+    order = sorted(range(len(detections.score)), key=lambda i: -detections.score[i])
+    taken, hits = set(), []
+    for i in order:
+        if detections.category[i] != category:
+            continue
+        x1, y1, x2, y2 = detections.box[i]
+        best, object_of = -1.0, None
+        for j, (image, its, (a1, b1, a2, b2), *_) in enumerate(zip(*truths[:3], strict=True)):
+            if image != detections.image[i] or its != category:
+                continue
+            w, h = min(x2, a2) - max(x1, a1) + border, min(y2, b2) - max(y1, b1) + border
+            if w <= 0 or h <= 0:
+                continue
+            areas = (x2 - x1 + border) * (y2 - y1 + border) + (a2 - a1 + border) * (b2 - b1 + border)
+            if w * h / (areas - w * h) > best:
+                best, object_of = w * h / (areas - w * h), j
+        if best >= threshold:
+            if truths.ignored[object_of]:
+                continue
+            hits.append(object_of not in taken)
+            taken.add(object_of)
+        else:
+            hits.append(False)
+    return np.array(hits, bool), int(np.sum((truths.category == category) & ~truths.ignored))
+
+
+@pytest.mark.parametrize("threshold, points, border", [(0.5, 11, 1.0), (0.5, None, 0.0), (0.75, None, 0.0)])
+def test_voc_equals_a_loop(stored, threshold, points, border):
+    detections, truths, _ = stored
+    found = voc_metrics(detections, truths, threshold=threshold, points=points, border=border)
+    for category in (1, 2, 3, 4):
+        hits, positives = slow_voc(detections, truths, category, threshold, border)
+        want = average_precision(hits, positives, points=points)
+        assert found[f"AP/{category}"] == pytest.approx(want, abs=1e-12)
+    assert "AP/5" not in found and found["AP/1"] == 0
+    assert found["mAP"] == pytest.approx(np.mean([found[f"AP/{k}"] for k in (1, 2, 3, 4)]))
+
+
+def test_a_second_detection_misses_by_voc_though_another_object_is_near_but_not_by_coco():
+    box = np.array([[0, 0, 10, 10], [0, 0, 10, 8]], float)
+    truths = Truths(np.zeros(2, int), np.zeros(2, int), box)
+    detections = Detections(np.zeros(2, int), np.zeros(2, int), box[[0, 0]], np.array([0.9, 0.8]))
+    assert voc_metrics(detections, truths)["mAP"] == pytest.approx(0.5)
+    assert coco_metrics(detections, truths)["AP50"] == pytest.approx(1)
+
+
+def test_nothing_at_all():
+    empty = (np.zeros(0, int), np.zeros(0, int), np.zeros((0, 4)))
+    detections, truths = Detections(*empty, np.zeros(0)), Truths(*empty)
+    assert np.isnan(voc_metrics(detections, truths)["mAP"])
+    assert np.isnan(list(coco_metrics(detections, truths).values())).all()
+    one = Truths(np.zeros(1, int), np.zeros(1, int), np.array([[0, 0, 50, 50.0]]))
+    found = coco_metrics(detections, one)
+    assert found["AP"] == found["AR_1"] == found["AP_medium"] == 0 and np.isnan(found["AP_small"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"box": np.zeros((2, 4))}, r"detections have fields of shapes .* expected \[N\]"),
+        ({"box": np.array([[5, 5, 2, 2.0]])}, "x1 <= x2"),
+        ({"box": np.array([[0, 0, np.inf, 2.0]])}, "finite"),
+        ({"score": np.array([np.nan])}, "score 0 is NaN"),
+    ],
+)
+def test_bad_input_is_refused(fields, message):
+    good = Detections(np.zeros(1, int), np.zeros(1, int), np.array([[0, 0, 1, 1.0]]), np.ones(1))
+    with pytest.raises(ValueError, match=message):
+        coco_metrics(good._replace(**fields), Truths(*good[:3]))
+
+
+def test_bad_hits_are_refused():
+    with pytest.raises(ValueError, match="2 found of 1 objects"):
+        average_precision([1, 1], 1)
+    with pytest.raises(ValueError, match="points is 1"):
+        average_precision([1], 1, points=1)
