@@ -51,6 +51,7 @@ GLOSSARY = {
     "rewards/step_probability": "mean probability that a step is right",
     "logps/chosen": "mean log-prob of whole chosen responses, nats; both sides may fall",
     "logps/rejected": "the same of rejected ones",
+    "diffusion/masked": "share of the tokens that may be masked which were masked",
     "distill/log_ratio": "mean log student / teacher of the tokens learnt: on policy an estimate of the reverse KL",
     "judge/decided": "fraction of groups with a best and a worst completion",
     "eval/pair_accuracy": "fraction of held-out comparisons ordered right, a tie half",

@@ -6,12 +6,14 @@ total, weight = reduce.tokens(values, mask)
 """
 
 from jaxrl.losses import continuous as continuous
+from jaxrl.losses import diffusion as diffusion
 from jaxrl.losses import group as group
 from jaxrl.losses import kl as kl
 from jaxrl.losses import policy as policy
 from jaxrl.losses import preference as preference
 from jaxrl.losses import reduce as reduce
 from jaxrl.losses import reward as reward
+from jaxrl.losses import segmentation as segmentation
 from jaxrl.losses import segments as segments
 from jaxrl.losses import td as td
 from jaxrl.losses import tokens as tokens

@@ -1,0 +1,128 @@
+"""Preferences and policy gradients for masked diffusion models, whose likelihood is only estimated.
+
+The masks are a function of a key and a row's tokens, so that old, new and reference parameters are compared under the
+same masks: most of the noise cancels in their difference.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl.diffusion.likelihood import log_likelihood, log_probs_of
+from jaxrl.diffusion.noise import masked_by
+from jaxrl.losses import preference as family
+from jaxrl.losses import reduce
+from jaxrl.nets.language_model import LanguageModel
+from jaxrl.posttrain.preference import interleave, pair_metrics
+from jaxrl.types import Pairs, Rollout, TokenBatch
+
+
+def responses(
+    model: LanguageModel,
+    params,
+    batch: TokenBatch,
+    *,
+    key: jax.Array,
+    mask_id: int,
+    samples: int = 8,
+    block: int | None = None,
+) -> tuple[jax.Array, jax.Array, reduce.Weighted]:
+    """`posttrain.preference.responses` of a diffusion model: each response's estimated bound on its log-prob.
+
+    Args:
+      model, params, mask_id, samples, block: as in `log_likelihood`.
+      batch: `[B, T]`, a row a response.
+      key: consumed.
+
+    Returns:
+      `([B, 1] sums, [B, 1] lengths, Weighted)`; the last, of weight 0, stands for an entropy that is not known.
+    """
+    sums = log_likelihood(model, params, batch, key, mask_id=mask_id, samples=samples, block=block)
+    lengths = (batch.loss_mask > 0).sum(1, dtype=jnp.float32)
+    return sums[:, None], lengths[:, None], reduce.Weighted(jnp.zeros(()), jnp.zeros(()))
+
+
+def preference_loss(
+    model: LanguageModel,
+    params,
+    reference,
+    pairs: Pairs,
+    key: jax.Array,
+    *,
+    mask_id: int,
+    samples: int = 8,
+    variant: family.Variant = family.PRESETS["dpo"],
+):
+    """VRPO: the DPO family on estimated likelihoods, with less variance (Zhu et al. 2025, LLaDA 1.5, arXiv 2505.19223).
+
+    All of the budget goes to different times, one mask for each, spread evenly; policy and reference share them.
+
+    Args:
+      model, params: the policy.
+      reference: frozen parameters, or None where the variant needs none.
+      pairs: rows of one response each.
+      key: consumed.
+      mask_id: the mask token.
+      samples: masks for each response.
+      variant: row of the family.
+
+    Returns:
+      `(Weighted, {"rewards/chosen", ...: Weighted})`, as `posttrain.preference.loss`.
+    """
+    batch = interleave(pairs)
+    options: dict[str, Any] = {"mask_id": mask_id, "samples": samples}
+    both = lambda x: (x[0::2, 0], x[1::2, 0])
+    sums, lengths, _ = responses(model, params, batch, key=jax.random.clone(key), **options)
+    (chosen, rejected), (chosen_lengths, rejected_lengths) = both(sums), both(lengths)
+    frozen = (None, None)
+    if reference is not None:
+        frozen = both(jax.lax.stop_gradient(responses(model, reference, batch, key=key, **options)[0]))
+    values, diagnostics = family.loss(
+        chosen, rejected, *frozen, variant=variant, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths
+    )
+    counted = (chosen_lengths > 0) & (rejected_lengths > 0)
+    return reduce.elements(values, counted), pair_metrics(diagnostics, chosen, rejected, counted)
+
+
+def completion_log_probs(
+    model: LanguageModel,
+    params,
+    completions: Rollout,
+    *,
+    key: jax.Array,
+    mask_id: int,
+    prompt_masked: float = 0.15,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """diffu-GRPO's log-probs: each completion token from the prompt alone, in one pass (d1, arXiv 2504.12216).
+
+    The whole completion is masked, and each prompt token with a small probability, which makes several updates on one
+    batch less alike. (Zhao et al. 2025, section 3.1.) The estimate treats the tokens of a completion as independent.
+
+    Args:
+      model, params, temperature, chunk: as in `posttrain.rollout.completion_log_probs`, whose place this takes.
+      completions: `B` completions of width `C`.
+      key: with a row's tokens, decides which of its prompt is masked; not consumed: give each update its own.
+      mask_id: the mask token.
+      prompt_masked: that probability.
+
+    Returns:
+      `(log_probs [B, C], entropy [B, C])` float32; apply `completions.mask`.
+    """
+    width, tokens = completions.prompt_width, completions.tokens
+    columns = jnp.arange(tokens.shape[1])[None]
+    own = columns >= (width - completions.prompt_lengths)[:, None]
+    of_row = lambda row: jax.random.uniform(jax.random.fold_in(key, _checksum(row)), row.shape)
+    masked = (columns >= width) | (own & (jax.vmap(of_row)(tokens) < prompt_masked))
+    batch = TokenBatch(tokens, own.astype(jnp.float32), own.astype(jnp.int32))
+    part = masked_by(batch, masked, jnp.ones(tokens.shape), mask_id=mask_id)
+    found = log_probs_of(model, params, part, mask_id=mask_id, temperature=temperature, chunk=chunk)
+    return found[0][:, width:], found[1][:, width:]
+
+
+def _checksum(row: jax.Array) -> jax.Array:
+    """A number that rows of different tokens hardly share."""
+    mix = lambda total, token: (total * jnp.uint32(1_000_003) ^ token.astype(jnp.uint32), None)
+    return jax.lax.scan(mix, jnp.uint32(len(row)), row)[0]

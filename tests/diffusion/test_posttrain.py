@@ -1,0 +1,80 @@
+"""Preferences and policy gradients on estimated likelihoods."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl import diffusion
+from jaxrl.posttrain.preference import interleave
+from jaxrl.posttrain.rollout import Sampling
+from jaxrl.types import Pairs, Prompts, TokenBatch
+from tests.diffusion.stubs import tiny
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+MASK = 8
+PARAMS = jax.jit(tiny.init, compiler_options=QUICK)(jax.random.key(1))
+OTHER = jax.tree.map(lambda x: 1.5 * x, PARAMS)
+RNG = np.random.default_rng(0)
+
+
+def side(lengths):
+    tokens = jnp.asarray(RNG.integers(MASK, size=(3, 6)))
+    return TokenBatch(tokens, (jnp.arange(6)[None] >= 2) * (jnp.arange(6)[None] < jnp.array(lengths)[:, None]) * 1.0)
+
+
+PAIRS = Pairs(side([6, 4, 5]), side([5, 6, 2]))  # the last rejected response is empty
+
+
+def test_vrpo_is_the_dpo_loss_of_estimates_under_shared_masks():
+    loss = partial(diffusion.preference_loss, tiny, mask_id=MASK, samples=4)
+    value_and_grad = jax.value_and_grad(
+        lambda params, *rest: (lambda w, m: (w.mean, (w, m)))(*loss(params, *rest)), has_aux=True
+    )
+    run = jax.jit(value_and_grad, compiler_options=QUICK)
+    (same, _), gradient = run(PARAMS, PARAMS, PAIRS, jax.random.key(0))
+    np.testing.assert_allclose(same, np.log(2), rtol=1e-6)  # the masks' noise cancels altogether
+    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient)) > 1e-4
+    (_, (value, metrics)), _ = run(OTHER, PARAMS, PAIRS, jax.random.key(0))
+    estimate = jax.jit(partial(diffusion.log_likelihood, tiny, mask_id=MASK, samples=4), compiler_options=QUICK)
+    new, old = (np.asarray(estimate(p, interleave(PAIRS), jax.random.key(0))) for p in (OTHER, PARAMS))
+    margins = 0.1 * ((new - old)[0::2] - (new - old)[1::2])
+    expected = np.log1p(np.exp(-margins))[:2]
+    np.testing.assert_allclose(value.total, expected.sum(), rtol=1e-5)
+    np.testing.assert_allclose(value.weight, 2)
+    np.testing.assert_allclose(metrics["rewards/margins"].mean, margins[:2].mean(), rtol=1e-3, atol=1e-5)
+
+
+def test_responses_take_the_place_of_exact_ones():
+    sums, lengths, entropy = diffusion.responses(tiny, PARAMS, PAIRS.chosen, key=jax.random.key(0), mask_id=MASK)
+    assert sums.shape == lengths.shape == (3, 1) and entropy.mean == 0
+    np.testing.assert_array_equal(lengths[:, 0], [4, 2, 3])
+    assert (sums < 0).all()
+
+
+def test_one_pass_log_probs_of_completions():
+    prompts = Prompts(jnp.array([[0, 0, 1], [2, 3, 4]]), jnp.array([1, 3], jnp.int32))
+    ids = {"mask_id": MASK, "eos_id": 7, "pad_id": 0}
+    sampler = jax.jit(partial(diffusion.generate, tiny, sampling=Sampling(max_tokens=4), **ids), compiler_options=QUICK)
+    completions = sampler(PARAMS, prompts, jax.random.key(0))
+    of = lambda seed, **options: jax.jit(
+        partial(diffusion.completion_log_probs, tiny, mask_id=MASK, **options), compiler_options=QUICK
+    )(PARAMS, completions, key=jax.random.key(seed))
+    log_probs, entropy = of(0, prompt_masked=0.0)
+    assert log_probs.shape == entropy.shape == (2, 4)
+    for i, prompt in enumerate([[1], [2, 3, 4]]):
+        tokens = jnp.array([prompt + [MASK] * 4])
+        whole = TokenBatch(jnp.array([prompt + completions.completions[i].tolist()]), jnp.ones(tokens.shape))
+        part = diffusion.masked_by(whole, tokens == MASK, jnp.ones(tokens.shape), mask_id=MASK)
+        alone = diffusion.log_probs_of(tiny, PARAMS, part, mask_id=MASK)[0][0, len(prompt) :]
+        np.testing.assert_allclose(log_probs[i], alone, atol=1e-5)
+    half = of(0, prompt_masked=0.5)[0]
+    np.testing.assert_array_equal(half, of(0, prompt_masked=0.5)[0])
+    assert any(not np.allclose(half, of(seed, prompt_masked=0.5)[0]) for seed in range(1, 4))
+    # a part of a batch gives what the whole batch gave, as micro-batches need
+    second = jax.tree.map(lambda x: x[1:], completions)
+    alone = diffusion.completion_log_probs(
+        tiny, PARAMS, second, key=jax.random.key(0), mask_id=MASK, prompt_masked=0.5
+    )[0]
+    np.testing.assert_allclose(alone[0], half[1], atol=1e-5)
