@@ -6,7 +6,7 @@ positions start at 0 on a row's first real token. The loop leaves as soon as eve
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -124,13 +124,19 @@ class Drawn(NamedTuple):
     behaviour: jax.Array
 
 
-def draw(key: jax.Array, hidden: jax.Array, unembedding: jax.Array, sampling: Sampling) -> Drawn:
-    """The next token of every row, given the hidden states `[..., D]` of the last ones; consumes the key."""
+def draw(
+    key: jax.Array, hidden: jax.Array, unembedding: jax.Array, sampling: Sampling, allowed: jax.Array | None = None
+) -> Drawn:
+    """The next token of every row, given the hidden states `[..., D]` of the last ones; consumes the key.
+
+    `allowed`: bool `[..., V]`, tokens that may be drawn, or None for all; log_prob is the unconstrained model's.
+    """
     logits = (hidden @ unembedding).astype(jnp.float32)
-    filtered = behaviour_logits(logits, sampling) if sampling.filters else logits
-    token = jnp.argmax(logits, axis=-1) if sampling.temperature == 0 else categorical(key, filtered)
+    possible = logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
+    filtered = behaviour_logits(possible, sampling) if sampling.filters else possible
+    token = jnp.argmax(possible, axis=-1) if sampling.temperature == 0 else categorical(key, filtered)
     log_prob = select_log_probs(logits, token)[0]
-    behaviour = select_log_probs(filtered, token)[0] if sampling.filters else log_prob
+    behaviour = log_prob if filtered is logits else select_log_probs(filtered, token)[0]
     return Drawn(token.astype(jnp.int32), log_prob, behaviour)
 
 
@@ -238,6 +244,7 @@ def rollout(
     pad_id: int,
     samples: int = 1,
     stop: Sequence[Sequence[int]] = (),
+    allowed: Callable | None = None,
 ) -> Rollout:
     """Samples completions; pure, to be called inside `jax.jit`.
 
@@ -252,6 +259,8 @@ def rollout(
       samples: completions for each prompt. The prompt is prefilled once; rows `[i * samples, (i + 1) * samples)` of
         the result belong to prompt `i`.
       stop: token sequences that end a completion with `Finish.STOP` once it ends in one of them (they are kept).
+      allowed: `(rows [B, P + C], column) -> bool [B, V]`, the tokens that may follow those before a column, of which
+        there is always one; None allows all. Behaviour log-probs are under what is left.
 
     Returns:
       A `Rollout` with `B = N * samples` rows.
@@ -263,12 +272,14 @@ def rollout(
     number, prompt_width = prompts.tokens.shape
     rows, width = number * samples, sampling.max_tokens
     columns = prompt_width + width
-    unembedding = model.unembedding(params)
+    unembedding, given = model.unembedding(params), repeat(prompts.tokens, samples)
 
     def emit(carry, hidden):
         """Draws column `step` and records it in the rows that have not ended."""
-        step, ended = carry["step"], carry["finish"] >= 0
-        drawn = draw(jax.random.fold_in(key, step), hidden, unembedding, sampling)
+        step, ended, may = carry["step"], carry["finish"] >= 0, None
+        if allowed is not None:
+            may = allowed(jnp.concatenate([given, carry["tokens"]], axis=1), prompt_width + step)
+        drawn = draw(jax.random.fold_in(key, step), hidden, unembedding, sampling, may)
         token = jnp.where(ended, pad_id, drawn.token)
         tail = with_token(carry["tail"], token)
         record = {

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import Any
 
 from jaxrl.nets.config import TransformerConfig
@@ -20,6 +20,7 @@ CLASSES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
+    "chameleon": "ChameleonForConditionalGeneration",
 }
 OF_ENCODERS = (
     *("causal", "positions", "rope_sections", "norm", "norm_place", "gated", "activation", "bias"),
@@ -62,7 +63,8 @@ def from_hugging_face(config: Mapping[str, Any], **changes) -> TransformerConfig
         "rope_scaling": scaling,
         "norm_eps": config["rms_norm_eps"],
         "qkv_bias": config.get("qkv_bias", True) if kind == "qwen2_moe" else kind == "qwen2",
-        "qk_norm": kind in ("qwen3", "qwen3_moe"),
+        "qk_norm": "heads" if kind == "chameleon" else kind in ("qwen3", "qwen3_moe"),
+        "norm_place": "branch" if config.get("swin_norm") else "pre",
         "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
         "experts": _experts(config),
         **_window(config),
@@ -165,6 +167,8 @@ def model_type(config: TransformerConfig) -> str:
     """
     c = config
     plain = TransformerConfig(c.vocab_size, c.width, c.layers, c.heads, c.kv_heads, c.ffn, head_dim=c.head_dim)
+    if c.qk_norm == "heads":
+        plain = replace(plain, norm_place=c.norm_place)
     own = [name for name in OF_ENCODERS if getattr(c, name) != getattr(plain, name)]
     if own:
         raise ValueError(f"{', '.join(own)} differ from a Llama's, and no published decoder of {list(CLASSES)} is so")
@@ -176,6 +180,8 @@ def model_type(config: TransformerConfig) -> str:
         return "deepseek_v3" if c.experts.bias else "deepseek_v2"
     if c.experts:
         return "qwen2_moe" if c.qkv_bias else "qwen3_moe" if c.qk_norm else "mixtral"
+    if c.qk_norm == "heads":
+        return "chameleon"
     kind = "qwen2" if c.qkv_bias else "qwen3" if c.qk_norm else "mistral" if c.window else "llama"
     if kind == "mistral" and c.window_layers is not None:
         raise ValueError(
@@ -195,6 +201,8 @@ def to_hugging_face(config: TransformerConfig) -> dict[str, Any]:
       ValueError: a combination of choices that no published architecture has.
     """
     kind = model_type(config)
+    if kind == "chameleon":
+        raise ValueError("a Chameleon folder needs its picture tokeniser and vocabulary too; keep the run folder")
     published = {
         "architectures": [CLASSES[kind]],
         "model_type": kind,

@@ -28,6 +28,8 @@ LAYER = {  # "model.layers.{i}." + name; our arrays stack the layers on a leadin
     "self_attn.v_proj.bias": Place("attention/v/bias"),
     "self_attn.q_norm.weight": Place("attention/q_norm/scale"),  # the norms: Qwen3
     "self_attn.k_norm.weight": Place("attention/k_norm/scale"),
+    "self_attn.q_norm.bias": Place("attention/q_norm/bias"),  # of each head: Chameleon
+    "self_attn.k_norm.bias": Place("attention/k_norm/bias"),
     "self_attn.q_a_proj.weight": Place("attention/q_down/kernel", axes=T),  # latent attention: DeepSeek
     "self_attn.q_a_layernorm.weight": Place("attention/q_down_norm/scale"),
     "self_attn.q_b_proj.weight": Place("attention/q_up/kernel", axes=T),
