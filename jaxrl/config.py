@@ -134,6 +134,11 @@ def _convert(hint: Any, value: Any, *, source: str, key: str, default: Any, miss
     if origin in (typing.Union, types.UnionType):
         if isinstance(value, dict) and dataclasses.is_dataclass(default):
             return _convert(type(default), value, **again)
+        if isinstance(value, dict):  # the smallest that has all its keys
+            sizes = {c: [f.name for f in dataclasses.fields(c)] for c in args if dataclasses.is_dataclass(c)}
+            args = (
+                tuple(sorted((c for c in sizes if value.keys() <= set(sizes[c])), key=lambda c: len(sizes[c]))) or args
+            )
         for choice in args:
             try:
                 return _convert(choice, value, **again)

@@ -78,19 +78,47 @@ def load(slot: Slot, dtype: str) -> tuple[jax.Array, Any]:
     return read(slot.k), None if slot.v is None else read(slot.v)
 
 
+class Layered(NamedTuple):
+    """k of a cache of which some layers, or all, are linear: those keep a state instead of keys and values.
+
+    keys: as `Cache.k`, of the layers that attend, in their order; None where there are none. states: float32
+    [L', B, H, 1, D, Dv] of the linear layers: one column, however many tokens it has seen.
+    """
+
+    keys: jax.Array | Int8 | None
+    states: jax.Array
+
+
+def read_state(slot: Slot) -> jax.Array:
+    """The state of the slot's layer, float32 [B, H, D, Dv]; slot.k holds the states."""
+    return jax.lax.dynamic_index_in_dim(slot.k, slot.layer, keepdims=False)[:, :, 0]
+
+
+def write_state(slot: Slot, state: jax.Array) -> Slot:
+    """Put a state into the slot's layer, in place under jit."""
+    return slot._replace(k=jax.lax.dynamic_update_index_in_dim(slot.k, state[:, :, None], slot.layer, 0))
+
+
 class Cache(NamedTuple):
     """Keys and values of the columns written so far; all rows share the column cursor.
 
     k, v: [L, B, K, S, Dh]: heads before columns, the order in which attention reads them, so that a decode
     step copies nothing. Each is an array or, with cache_dtype "int8", an `Int8`: code that moves rows or
     columns goes through `jax.tree.map`. With latent attention K is 1, k holds latents and rotated keys, and v is None.
+    With linear layers k is `Layered`, and keys and values have as many rows of axis L as layers attend.
     length: int32 scalar, columns written. Batches of unequal prompts are padded on the left, and the caller's mask
     hides the padding (`Segments`).
     """
 
-    k: jax.Array | Int8
+    k: jax.Array | Int8 | Layered
     v: jax.Array | Int8 | None
     length: jax.Array
+
+    @property
+    def columns(self) -> int | None:
+        """S; None where no layer keeps columns."""
+        keys = self.k.keys if isinstance(self.k, Layered) else self.k
+        return None if keys is None else keys.shape[3]
 
 
 def init_cache(config: TransformerConfig, batch: int, length: int) -> Cache:
@@ -109,11 +137,18 @@ def init_cache(config: TransformerConfig, batch: int, length: int) -> Cache:
         )
     latent = config.latent
     heads, size = (config.kv_heads, config.head_size) if latent is None else (1, latent.cached)
-    shape = (config.layers, batch, heads, length, size)
+    attending = sum(not kind.linear for kind in config.kinds)
+    shape = (attending, batch, heads, length, size)
 
     def empty():
         if config.cache_dtype == "int8":
             return Int8(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1], jnp.float32))
         return jnp.zeros(shape, config.cache_dtype or config.dtype)
 
-    return Cache(empty(), empty() if latent is None else None, jnp.int32(0))
+    keys: Any = empty() if attending else None
+    values = empty() if attending and latent is None else None
+    if config.linear is None:
+        return Cache(keys, values, jnp.int32(0))
+    heads, *sizes = config.linear.state(config.heads, config.kv_heads, config.head_size)
+    states = jnp.zeros((config.layers - attending, batch, heads, 1, *sizes), jnp.float32)
+    return Cache(Layered(keys, states), values, jnp.int32(0))

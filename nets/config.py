@@ -1,10 +1,12 @@
 """What a Transformer is made of: sizes and choices of one network."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from jaxrl.kernels.attention import Pattern
 from jaxrl.nets.latent_attention import LatentConfig
 from jaxrl.nets.layers import ACTIVATIONS
+from jaxrl.nets.linear_attention import LinearConfig
 from jaxrl.nets.moe import MoEConfig
 from jaxrl.nets.rope import RopeScaling
 
@@ -17,6 +19,18 @@ CHOICES = {
     "qk_norm": (False, True, "heads"),
     "remat": ("none", "full", "dots"),
 }
+
+
+class Kind(NamedTuple):
+    """In what a layer may differ from others of its network, so that their parameters do not stack."""
+
+    dense: bool = False  # plain ffn though the config has experts
+    linear: bool = False  # linear attention
+
+    @property
+    def name(self) -> str:
+        """Of the stack of such layers in the tree of parameters."""
+        return "dense_" * self.dense + "linear_" * self.linear + "layers"
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,9 @@ class TransformerConfig:
     ffn: int  # inner width of the feed-forward layers
     experts: MoEConfig | None = None  # in their place, but for `first_dense` layers
     latent: LatentConfig | None = None  # multi-head latent attention (DeepSeek); head_dim has no meaning then
+    linear: LinearConfig | None = None  # linear attention (Performer, TransNormer, MiniMax), in the place of softmax
+    linear_layers: tuple[int, ...] | None = None  # which layers have it; None: all
+    rectified: bool = False  # the others: relu in the place of the softmax, a norm after (ReLA)
     head_dim: int | None = None  # Dh; None: width / heads
     max_length: int = 2048  # the longest sequence or cache accepted
     causal: bool = True  # what a token sees where no mask is given: those before it, or all
@@ -47,8 +64,9 @@ class TransformerConfig:
     norm: Literal["rms", "layer"] = "rms"
     norm_place: Literal["pre", "post", "branch"] = "pre"  # x + f(norm(x)), norm(x + f(x)), x + norm(f(x))
     norm_eps: float = 1e-6
+    residual: float = 1.0  # factor on x in all these sums (DeepNorm's alpha)
     gated: bool = True  # feed-forward layers: act(x W_gate) * x W_up, or act(x W_up)
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    activation: Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"] = "silu"
     bias: bool = False  # beside every matrix of a layer
     qkv_bias: bool = False  # beside those of queries, keys and values (Qwen2)
     qk_norm: bool | Literal["heads"] = False  # RMSNorm of each head (Qwen3); "heads": LayerNorm, own scales (Chameleon)
@@ -58,7 +76,8 @@ class TransformerConfig:
     token_types: int = 0  # kinds of tokens with an embedding each (BERT's segments)
     share_layers: bool = False  # one layer's parameters for all (ALBERT)
     window: int | None = None  # a query sees the last `window` columns, itself included
-    window_layers: tuple[int, ...] | None = None  # which layers use the window; None: all
+    pattern: Pattern | None = None  # a sparse mask laid over the given one, as the window is
+    window_layers: tuple[int, ...] | None = None  # which layers use window and pattern; None: all that attend
     dtype: str = "float32"  # compute
     param_dtype: str = "float32"  # storage
     cache_dtype: str | None = None  # keys and values of a cache: "float32", "bfloat16", "int8"; None: dtype
@@ -84,23 +103,36 @@ class TransformerConfig:
             raise ValueError(f"cache_dtype is {self.cache_dtype!r}, expected None (that of compute) or {CACHE_DTYPES}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window is {self.window}, expected None or at least 1: a token sees itself")
-        if self.window_layers is not None and (self.window is None or not self.window_layers):
+        for name, what in (("window", self.window or self.pattern), ("linear", self.linear)):
+            layers = getattr(self, f"{name}_layers")
+            if layers is not None and (what is None or not layers):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)} and {name}_layers {layers}: name at least one layer "
+                    f"(None: all), together with a {name}{' or a pattern' * (name == 'window')}"
+                )
+            if not all(0 <= i < self.layers for i in layers or ()):
+                raise ValueError(f"{name}_layers {layers} names layers outside 0..{self.layers - 1}")
+        if self.linear and self.linear.kv_heads and self.heads % self.linear.kv_heads:
+            raise ValueError(f"{self.heads} heads cannot share {self.linear.kv_heads} linear.kv_heads: give a divisor")
+        if self.linear and self.linear.decay != "none" and not self.causal:
             raise ValueError(
-                f"window is {self.window} and window_layers {self.window_layers}: name at least one layer "
-                "(None: all), together with a window"
+                f"linear.decay is {self.linear.decay!r} without causal: a decay knows only what came before"
             )
-        if not all(0 <= i < self.layers for i in self.window_layers or ()):
-            raise ValueError(f"window_layers {self.window_layers} names layers outside 0..{self.layers - 1}")
-        if self.latent and (self.kv_heads != self.heads or self.window or self.qk_norm or self.positions != "rotary"):
+        masked = self.window or self.pattern or self.rectified
+        if self.latent and (self.kv_heads != self.heads or masked or self.qk_norm or self.positions != "rotary"):
             raise ValueError(
-                f"latent attention with kv_heads {self.kv_heads}, window {self.window}, qk_norm {self.qk_norm} and "
-                f"positions {self.positions!r}: expected kv_heads = heads = {self.heads}, rotary positions, "
-                "neither window nor qk_norm"
+                f"latent attention with kv_heads {self.kv_heads}, window {self.window}, pattern {self.pattern}, "
+                f"rectified {self.rectified}, qk_norm {self.qk_norm} and positions {self.positions!r}: expected "
+                f"kv_heads = heads = {self.heads}, rotary positions, neither window nor qk_norm nor the others"
             )
+        if self.latent and self.linear and self.linear.rotary:
+            raise ValueError("latent and linear layers turn different numbers of a head: give linear.rotary=False")
         if self.rope_sections and sum(self.rope_sections) != self.rotated // 2:
             raise ValueError(f"rope_sections {self.rope_sections} must sum to half of the {self.rotated} that turn")
         if self.share_layers and self.experts:
             raise ValueError("share_layers with experts: layers that share all parameters have plain ffn")
+        if self.share_layers and len(set(self.kinds)) > 1:
+            raise ValueError("share_layers with linear_layers: layers that share all parameters are all alike")
         if self.dense_layers > self.layers:
             raise ValueError(f"experts.first_dense is {self.dense_layers}, but there are {self.layers} layers")
 
@@ -118,3 +150,9 @@ class TransformerConfig:
     def dense_layers(self) -> int:
         """Layers before the first one with experts; 0 where there are none at all."""
         return 0 if self.experts is None else self.experts.first_dense
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """Of each layer."""
+        linear = self.linear_layers or range(self.layers) if self.linear else ()
+        return tuple(Kind(i < self.dense_layers, i in linear) for i in range(self.layers))

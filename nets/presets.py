@@ -5,8 +5,10 @@ Every function takes `changes`, fields of TransformerConfig to set otherwise: `q
 
 from dataclasses import replace
 
+from jaxrl.kernels.attention import Chunked, Fixed
 from jaxrl.nets.config import TransformerConfig
 from jaxrl.nets.latent_attention import LatentConfig
+from jaxrl.nets.linear_attention import LinearConfig
 from jaxrl.nets.moe import GATINGS
 from jaxrl.nets.rope import Llama3Scaling, Yarn
 
@@ -208,3 +210,70 @@ def moonlight_16b_a3b(**changes) -> TransformerConfig:
         "rope_scaling": None, "norm_eps": 1e-5,
     }  # fmt: skip
     return replace(deepseek_v2_lite(), **(sizes | changes))
+
+
+def linear_transformer(vocab_size: int, width: int, layers: int, **changes) -> TransformerConfig:
+    """`llama_like` with linear attention, elu + 1 and normalised (Katharopoulos et al. 2020, arXiv:2006.16236)."""
+    return llama_like(vocab_size, width, layers, **({"linear": LinearConfig()} | changes))
+
+
+def performer(vocab_size: int, width: int, layers: int, **changes) -> TransformerConfig:
+    """`llama_like` with FAVOR+ and 256 orthogonal features (Choromanski et al. 2020, arXiv:2009.14794)."""
+    return llama_like(vocab_size, width, layers, **({"linear": LinearConfig("performer", eps=1e-12)} | changes))
+
+
+def retnet_like(vocab_size: int, width: int, layers: int, **changes) -> TransformerConfig:
+    """`llama_like` with retention: decay by head, norm by head, gate (Sun et al. 2023, arXiv:2307.08621)."""
+    linear = LinearConfig("identity", normalise=False, norm="heads", decay="retention", gate="silu")
+    return llama_like(vocab_size, width, layers, **({"linear": linear} | changes))
+
+
+def transnormer(vocab_size: int, width: int, layers: int, variant: str = "t2", **changes) -> TransformerConfig:
+    """`llama_like` with DiagAttention in blocks of 64 in the first half, NormAttention in the second.
+
+    (Qin et al. 2022, arXiv:2210.10340.) variant "t1": ReLA in the blocks, elu after; "t2": softmax, 1 + elu. Blocks go
+    by columns: in packed and padded rows they begin where the row does.
+    """
+    if variant not in ("t1", "t2"):
+        raise ValueError(f"transnormer variant is {variant!r}, expected 't1' or 't2'")
+    linear = LinearConfig("elu" if variant == "t1" else "elu+1", normalise=False, norm="all")
+    sizes = {
+        "linear": linear, "linear_layers": tuple(range(layers // 2, layers)), "pattern": Chunked(64),
+        "rectified": variant == "t1",
+    }  # fmt: skip
+    return llama_like(vocab_size, width, layers, **(sizes | changes))
+
+
+LIGHTNING = LinearConfig(
+    "silu", normalise=False, norm="all", decay="lightning", gate="sigmoid", values="silu", rotary=False
+)
+"""Lightning attention as MiniMax has it, its heads with keys and values of their own left to `kv_heads`."""
+
+
+def minimax_text_01(**changes) -> TransformerConfig:
+    """MiniMax-Text-01 (MiniMax 2025, arXiv:2501.08313): 456,089,655,296 parameters, every eighth layer attends.
+
+    Its norms stand before a layer and on the residual stream itself, which is norm_place "post" with a norm of the
+    embeddings: input_layernorm of the next layer is our ffn_norm. All 128 numbers of a head turn, as in transformers'
+    class; the released configuration turns 64.
+    """
+    config = TransformerConfig(
+        vocab_size=200064, width=6144, layers=80, heads=64, kv_heads=8, ffn=9216, head_dim=128,
+        experts=replace(GATINGS["mixtral"], experts=32, ffn=9216), linear=replace(LIGHTNING, kv_heads=64),
+        linear_layers=tuple(i for i in range(80) if i % 8 != 7), max_length=10_240_000, rope_base=1e7, norm_eps=1e-5,
+        norm_place="post", embed_norm=True, residual=3.5565588200778455,
+    )  # fmt: skip
+    return replace(config, **changes)
+
+
+def sparse_transformer_enwik8(**changes) -> TransformerConfig:
+    """The Sparse Transformer of enwik8 (Child et al. 2019, arXiv:1904.10509): fixed pattern, both its heads in one.
+
+    30 layers of width 512, blocks of 128 with 32 summary columns, 12,288 bytes of context; positions are one table,
+    where the paper sums two.
+    """
+    config = TransformerConfig(
+        vocab_size=256, width=512, layers=30, heads=8, kv_heads=8, ffn=2048, max_length=12288, pattern=Fixed(128, 32),
+        positions="learned", norm="layer", norm_eps=1e-5, gated=False, activation="gelu", bias=True,
+    )  # fmt: skip
+    return replace(config, **changes)

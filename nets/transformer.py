@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Callable
+from itertools import groupby
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,10 +14,12 @@ from jax.core import Tracer
 from jaxrl.kernels.attention import Causal, Full, Mask, attention
 from jaxrl.nets.attention import Attention
 from jaxrl.nets.cache import Cache as Cache
-from jaxrl.nets.cache import Slot, init_cache
+from jaxrl.nets.cache import Layered, Slot, init_cache
+from jaxrl.nets.config import Kind
 from jaxrl.nets.config import TransformerConfig as TransformerConfig
 from jaxrl.nets.latent_attention import LatentAttention
 from jaxrl.nets.layers import FeedForward, Kernel, Linear, make_norm, normal
+from jaxrl.nets.linear_attention import LinearAttention
 from jaxrl.nets.moe import PRODUCT, MoE, RouterStatistics, experts
 from jaxrl.nets.rope import rotation, score_factor
 
@@ -31,23 +34,29 @@ class Block(nn.Module):
     config: TransformerConfig
     attend: Callable = attention
     experts: Callable = experts
-    dense: bool = False  # SwiGLU though the config has experts
+    kind: Kind = Kind()
 
     @nn.compact
     def __call__(self, carry, layer, windowed, cos, sin, mask, length):
         """(carry, index of this layer, does it use the window (None: all do), ...) -> (carry, None)."""
+        linear = self.kind.linear
         c = self.config
         x, keys, values = carry
         types: dict[str, Any] = {"dtype": c.dtype, "param_dtype": c.param_dtype}
         out_init = normal(0.02 / math.sqrt(2 * c.layers))
         options: dict[str, Any] = {"implementation": c.attention, "attend": self.attend, **types, "name": "attention"}
-        if c.latent is None:
-            shared = {"norm_eps": c.norm_eps, "window": c.window, "out_init": out_init, **options}
-            sizes, biases = (c.heads, c.kv_heads, c.head_size), (c.qkv_bias, c.bias)
-            mixer = Attention(*sizes, *biases, qk_norm=c.qk_norm, **shared)
+        biases = (c.qkv_bias, c.bias)
+        shared = {"qk_norm": c.qk_norm, "norm_eps": c.norm_eps, "out_init": out_init, **options}
+        if linear:
+            assert c.linear is not None
+            sizes = (c.heads, c.linear.kv_heads or c.kv_heads, c.head_size)
+            mixer = LinearAttention(*sizes, *biases, **shared, linear=c.linear, layers=c.layers)
+        elif c.latent is None:
+            sizes, masked = (c.heads, c.kv_heads, c.head_size), {"window": c.window, "pattern": c.pattern}
+            mixer = Attention(*sizes, *biases, **shared, **masked, rectified=c.rectified)
         else:
             mixer = LatentAttention(c.heads, c.latent, score_factor(c.rope_scaling), out_init, **options)
-        if c.experts is None or self.dense:
+        if c.experts is None or self.kind.dense:
             feed = FeedForward(c.ffn, out_init, c.gated, c.activation, c.bias, **types, name="ffn")
         else:
             feed = MoE(c.experts, out_init, self.experts, **types, name="moe")
@@ -56,15 +65,98 @@ class Block(nn.Module):
             return norm(x) if c.norm_place == "pre" else x
 
         def after(norm, x, y):
+            x = x if c.residual == 1.0 else c.residual * x
             return norm(x + y) if c.norm_place == "post" else x + (norm(y) if c.norm_place == "branch" else y)
 
         norm = make_norm(c.norm, c.norm_eps, **types, name="attention_norm")
-        slot = None if keys is None else Slot(keys, values, layer, length)
-        y, slot = mixer(before(norm, x), cos, sin, mask, slot, windowed)
+        slot = None if keys is None else _own(c, linear, keys, values, layer, length)
+        y, slot = mixer(before(norm, x), cos, sin, mask, slot, layer if linear else windowed)
         x = after(norm, x, y)
         norm = make_norm(c.norm, c.norm_eps, **types, name="ffn_norm")
         x = after(norm, x, feed(before(norm, x)))
-        return (x, None, None) if slot is None else (x, slot.k, slot.v), None
+        return (x, None, None) if slot is None else (x, *_put_back(linear, keys, values, slot)), None
+
+
+def _own(config: TransformerConfig, linear: bool, keys: Any, values, layer, length) -> Slot:
+    """A layer's place in the cache: in the arrays of its kind, whose rows are the layers of that kind alone."""
+    alike = [kind.linear == linear for kind in config.kinds]
+    row = layer if all(alike) else jnp.asarray([sum(alike[:i]) for i in range(config.layers)])[layer]
+    if not isinstance(keys, Layered):
+        return Slot(keys, values, row, length)
+    own: Any = keys.states if linear else keys.keys
+    return Slot(own, None if linear else values, row, length)
+
+
+def _put_back(linear: bool, keys, values, slot: Slot):
+    """Keys and values of the whole cache once the slot has been written."""
+    if not isinstance(keys, Layered):
+        return slot.k, slot.v
+    return (keys._replace(states=slot.k), values) if linear else (keys._replace(keys=slot.k), slot.v)
+
+
+class Group(NamedTuple):
+    """Layers from `start` on that are one scan: `repeats` times a period of layers of these kinds."""
+
+    start: int
+    kinds: tuple[Kind, ...]
+    repeats: int
+
+    @property
+    def layers(self) -> int:
+        """In all."""
+        return len(self.kinds) * self.repeats
+
+
+def runs(kinds: tuple[Kind, ...], start: int = 0) -> tuple[Group, ...]:
+    """Neighbours of one kind, as groups whose period is one layer."""
+    found = []
+    for kind, same in groupby(kinds):
+        found.append(Group(start, (kind,), len(list(same))))
+        start += found[-1].repeats
+    return tuple(found)
+
+
+def groups(config: TransformerConfig) -> tuple[Group, ...]:
+    """The scans that a network is: its runs, or, of kinds that come round again and again, one over the period."""
+    first, kinds = config.dense_layers, config.kinds
+    rest = kinds[first:]
+    period = next((n for n in range(1, len(rest)) if rest[:n] * (len(rest) // n) == rest), len(rest))
+    if 1 < period < len(rest):
+        return (*runs(kinds[:first]), Group(first, rest[:period], len(rest) // period))
+    return runs(kinds)
+
+
+def through(config, attend, experts, parts: tuple[Group, ...], carry, own, *rest, unroll: int = 1):
+    """The carry after these groups of layers; own: (index, windowed) of every layer from the first group's on."""
+    for number, group in enumerate(parts):
+        name = group.kinds[0].name if len(group.kinds) == 1 else "periods"
+        name += f"_{number}" * any(group.kinds == other.kinds for other in parts[:number])
+        begin = group.start - parts[0].start
+        mine = jax.tree.map(itemgetter(slice(begin, begin + group.layers)), own)
+        if len(group.kinds) == 1:
+            layers = stack(config, attend, experts, layers=group.repeats, unroll=unroll, kind=group.kinds[0], name=name)
+        else:
+            mine = jax.tree.map(lambda a, n=group.repeats: a.reshape(n, -1), mine)
+            layers = _scanned(Period, config, group.repeats, 1)(config, attend, experts, group.kinds, unroll, name=name)
+        carry, _ = layers(carry, *mine, *rest)
+    return carry
+
+
+class Period(nn.Module):
+    """Layers of several kinds, one after another, called as a block is. Parameters: those of its runs, by kind."""
+
+    config: TransformerConfig
+    attend: Callable
+    experts: Callable
+    kinds: tuple[Kind, ...]
+    unroll: int = 1
+
+    @nn.compact
+    def __call__(self, carry, layer, windowed, *rest):
+        """As `Block`, layer and windowed [layers of the period]."""
+        own = (layer, windowed)
+        parts = runs(self.kinds)
+        return through(self.config, self.attend, self.experts, parts, carry, own, *rest, unroll=self.unroll), None
 
 
 class Transformer(nn.Module):
@@ -76,6 +168,8 @@ class Transformer(nn.Module):
       layers/attention_norm/scale [L, D] and layers/ffn_norm/scale; with norm "layer" a bias beside every scale
       layers/attention/{q,k,v,o}/kernel [L, in, out], biases and norms of `jaxrl.nets.attention.Attention`, or those of
       `jaxrl.nets.latent_attention.LatentAttention`
+      linear_layers/... in the place of layers/... for those with `jaxrl.nets.linear_attention.LinearAttention`; where
+      kinds of layers alternate, periods/{layers, linear_layers}/... [periods, layers of a run, ...]
       layers/ffn/{gate,up,down}/kernel [L, in, out], or layers/moe (`jaxrl.nets.moe.MoE`), with dense_layers/... for
       the first_dense layers, which are not in layers/...
       norm/scale [D], but with norm_place "post"
@@ -106,14 +200,11 @@ class Transformer(nn.Module):
             mask = Causal() if c.causal else Full()
         cos, sin = rotations(c, positions)
         x = self._embedded(tokens, positions, token_types)
-        unroll, first = c.unroll if cache is None else c.decode_unroll, c.dense_layers
+        unroll = c.unroll if cache is None else c.decode_unroll
         carry = (x, None, None) if cache is None else (x, cache.k, cache.v)
-        for start, end, name in ((0, first, "dense_layers"), (first, c.layers, "layers")):
-            if start < end:
-                options: dict[str, Any] = {"dense": start < first, "unroll": unroll, "name": name}
-                layers = stack(c, self.attend, self.experts, layers=end - start, **options)
-                own = jax.tree.map(itemgetter(slice(start, end)), (jnp.arange(c.layers), windowed(c)))
-                carry, _ = layers(carry, *own, cos, sin, mask, written)
+        own = (jnp.arange(c.layers), windowed(c))
+        rest = (cos, sin, mask, written)
+        carry = through(c, self.attend, self.experts, groups(c), carry, own, *rest, unroll=unroll)
         x, keys, values = carry
         if not c.tie_embeddings:
             Kernel((c.width, c.vocab_size), c.param_dtype, name="unembed")()
@@ -158,33 +249,46 @@ def stack(
     config: TransformerConfig, attend: Callable, experts: Callable = experts, *, layers: int, unroll: int = 1, **options
 ) -> Any:
     """`Block` scanned over so many layers, as a module that is called as the block is; options are fields of either."""
+    return _scanned(_remat(Block, config.remat), config, layers, unroll)(config, attend, experts, **options)
+
+
+def _scanned(block, config: TransformerConfig, length: int, unroll: int) -> Any:
+    """A module that is called as a block is, scanned over layers or periods."""
     each, same = 0, nn.broadcast
-    in_axes: Any = (each, each, same, same, same, same)
     own = not config.share_layers
     stacked: dict[Any, Any] = {"intermediates": 0, **({"params": 0} if own else {})}
-    scanned = nn.scan(
-        _remat(Block, config.remat),
+    return nn.scan(
+        block,
         variable_axes=stacked,
         variable_broadcast=False if own else "params",
         split_rngs={"params": own, "router": True},
-        in_axes=in_axes,
-        length=layers,
+        in_axes=(each, each, same, same, same, same),  # pyright: ignore[reportArgumentType]
+        length=length,
         unroll=unroll,
     )
-    return scanned(config, attend, experts, **options)
 
 
 def router_statistics(
     config: TransformerConfig, params: Any, tokens: jax.Array, *, positions=None, mask: Mask | None = None
 ) -> RouterStatistics:
-    """How the routers of one pass over `tokens` spread them: each field [layers with experts, ...]."""
+    """How the routers of one pass over `tokens` spread them: each field [layers with experts, ...].
+
+    The layers come as their stacks do in the tree of parameters: where kinds of layers alternate, by kind.
+    """
     apply, variables = Transformer(config).apply, {"params": params}
     found: Any = apply(variables, tokens, positions=positions, mask=mask, mutable=["intermediates"])[1]
-    return found["intermediates"]["layers"]["moe"]["statistics"][0]
+
+    def of(tree) -> list[RouterStatistics]:
+        return [tree["moe"]["statistics"][0]] if "moe" in tree else [x for name in tree for x in of(tree[name])]
+
+    # a layer's own: load [E], which periods stack twice
+    flat = lambda x, own: x.reshape(-1, *x.shape[x.ndim - own :])
+    stacks = [jax.tree.map(lambda x, n=s.load.ndim: flat(x, x.ndim - n + 1), s) for s in of(found["intermediates"])]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
 
 
 def windowed(config: TransformerConfig) -> jax.Array | None:
-    """Which layers use the window, [L] booleans; None where all do, or there is none."""
+    """Which layers use window and pattern, [L] booleans; None where all do, or there is none."""
     if config.window_layers is None:
         return None
     return jnp.array([i in config.window_layers for i in range(config.layers)])
@@ -218,7 +322,8 @@ def check(
         raise ValueError(f"{t} tokens exceed the config's max_length {config.max_length}: shorten them or raise it")
     if cache is None:
         return 0
-    want = jax.eval_shape(lambda: init_cache(config, b, cache.k.shape[3]))
+    columns = cache.columns
+    want = jax.eval_shape(lambda: init_cache(config, b, columns or 0))
     got, expected = (jax.tree.map(jnp.shape, (x.k, x.v)) for x in (cache, want))
     if got != expected:
         raise ValueError(
@@ -227,8 +332,7 @@ def check(
         )
     # under jit the cursor is unknown: only the new columns can be checked
     written = 0 if isinstance(cache.length, Tracer) else int(cache.length)
-    columns = cache.k.shape[3]
-    if written + t > columns:
+    if columns is not None and written + t > columns:
         raise ValueError(
             f"{t} new tokens after {written} do not fit into a cache of {columns} columns: shorten the "
             f"prompts, or make the cache at least {written + t} columns long"

@@ -104,6 +104,10 @@ def _check(config: TransformerConfig, mesh: Mesh) -> None:
     axes = {"heads": "tensor", "kv_heads": "tensor", "ffn": "tensor", "layers": "stage"}
     if mesh.shape["stage"] > 1 and (config.positions == "learned" or config.embed_norm or config.share_layers):
         raise ValueError("learned positions, embed_norm and share_layers have no form in stages; choose a mesh without")
+    if config.linear and max(mesh.shape["stage"], mesh.shape["context"]) > 1:
+        raise ValueError(
+            "linear layers read a sequence in order and are of several kinds; choose a mesh without context and stage"
+        )
     sizes = [(name, getattr(config, name), axis) for name, axis in axes.items()]
     if config.experts is not None:
         of_experts = {"experts": "expert", "ffn": "tensor", "shared": "tensor"}

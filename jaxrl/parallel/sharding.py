@@ -18,7 +18,8 @@ RULES: tuple[Rule, ...] = (
     (r"layers/attention/[qkv]/bias", ("layer", "heads")),
     (r"layers/attention/(q|kv)_down/kernel", ("layer", "embed", None)),
     (r"layers/attention/(q|kv)_up/kernel", ("layer", "rank", "heads")),
-    (r"layers/attention/[qk]_norm/(scale|bias)", ("layer", "heads", None)),
+    (r"layers/attention/gate/kernel", ("layer", "embed", "heads")),
+    (r"layers/attention/projection", ("layer", None, None)),
     (r"layers/attention/o/kernel", ("layer", "heads", "embed")),
     (r"layers/(ffn|moe/shared)/(gate|up)/kernel", ("layer", "embed", "ffn")),
     (r"layers/ffn/(gate|up)/bias", ("layer", "ffn")),
@@ -29,14 +30,31 @@ RULES: tuple[Rule, ...] = (
     (r"layers/moe/(router|shared_gate)/kernel", ("layer", "embed", None)),
     (r"layers/moe/bias", ("layer", None)),
     (r"layers/(.*/)?[a-z_]*norm/(scale|bias)", ("layer", None)),
+    (r"layers/attention/[qk]_norm/(scale|bias)", ("layer", "heads", None)),
     (r"(embed_)?norm/(scale|bias)", (None,)),
     (r"(position|type)_embed/embedding", (None, "embed")),
     (r"embed_up/kernel", (None, "embed")),
     (r"embed_up/bias", (None,)),
+    (r"multi_token/eh_proj/kernel", (None, "embed", None)),
+    (r"multi_token/[eh]?norm/scale", (None, None)),
+    (r"(masked|pooled|replaced_hidden)/kernel", ("embed", None)),
+    (r"(pair|classes|replaced)/kernel", ("embed", None)),
+    (r"(masked|pooled|replaced_hidden|pair|classes|replaced)/bias", (None,)),
+    (r"masked_bias", ("vocab",)),
     (r"head/kernel", (None,)),
     (r"success", (None,)),
+    (r"ns_coeffs", (None,)),  # of Muon
 )
-"""(end of a parameter's path, as a regular expression; a logical axis for each of its dimensions). First match wins."""
+"""(end of a parameter's path, as a regular expression; a logical axis for each of its dimensions). First match wins.
+
+Layers in periods have one axis more, after that of the periods; layers that share their parameters have none.
+"""
+
+LAST_AXIS: tuple[Rule, ...] = tuple((r".*", (*[None] * n, "last" if n else None)) for n in range(6))
+"""Rules for any network, such as those of `nets.vision`: fsdp divides the last axis of a matrix where it can.
+
+Behind `RULES` they take what those leave: `(*RULES, *LAST_AXIS)`.
+"""
 
 LOGICAL: dict[str, str | None] = {
     "layer": "stage",
@@ -44,12 +62,13 @@ LOGICAL: dict[str, str | None] = {
     "vocab": "tensor",
     "heads": "tensor",
     "rank": "fsdp",
+    "last": "fsdp",
     "ffn": "tensor",
     "expert": "expert",
 }
 """Logical axis -> mesh axis. Changing the parallelism of a run is changing this table, or the mesh."""
 
-OPTIONAL = ("vocab",)
+OPTIONAL = ("vocab", "last")
 """Logical axes of which every device holds all where they do not divide: a tokenizer's size is nobody's choice."""
 
 BATCH = ("data", "fsdp", "expert")
@@ -74,9 +93,19 @@ def partition(
     if not shape:
         return PartitionSpec()
     for pattern, logical in rules:
-        if re.search(rf"(^|/|_){pattern}$", path) and len(logical) == len(shape):
-            return PartitionSpec(*[_axis(path, shape, i, name, mesh, fsdp) for i, name in enumerate(logical)])
+        if re.search(rf"(^|/|_){pattern}$", path) and (axes := _stacked(logical, path, len(shape))):
+            return PartitionSpec(*[_axis(path, shape, i, name, mesh, fsdp) for i, name in enumerate(axes)])
     raise ValueError(f"parameter {path} {tuple(shape)}: no sharding rule fits; add one to parallel.sharding.RULES")
+
+
+def _stacked(logical: tuple[str | None, ...], path: str, dimensions: int) -> tuple[str | None, ...] | None:
+    """The logical axes of a parameter, with or without those of its layers; None where the rule is not of it."""
+    if logical[:1] == ("layer",):
+        if "periods/" in path:
+            logical = ("layer", None, *logical[1:])
+        elif dimensions == len(logical) - 1:
+            logical = logical[1:]
+    return logical if len(logical) == dimensions else None
 
 
 def _axis(path, shape, i: int, name: str | None, mesh: Mesh, fsdp: bool) -> str | None:

@@ -78,14 +78,18 @@ def working(work: Work) -> float:
 
 
 def cache_bytes(work: Work) -> float:
-    """Keys and values of the sampler: rows over data, fsdp, expert and context, heads over tensor, latents whole."""
+    """Keys and values, or states: rows over data, fsdp, expert and context, heads over tensor, latents whole."""
     c, mesh = work.config, work.mesh
     kind = c.cache_dtype or c.dtype
     latent = c.latent
     width, copies = (c.head_size, 2.0 * c.kv_heads / mesh["tensor"]) if latent is None else (latent.cached, 1.0)
     size = width + 4 if kind == "int8" else width * bytes_of(kind)
     rows = math.ceil(work.batch / (rows_parts(mesh) * mesh["context"]))
-    return c.layers * rows * copies * work.length * size
+    attending = sum(not kind.linear for kind in c.kinds)
+    states = 0.0
+    if c.linear is not None:
+        states = 4.0 * (c.layers - attending) * math.prod(c.linear.state(c.heads, c.kv_heads, c.head_size))
+    return rows * (attending * copies * work.length * size + states)
 
 
 def sampler_copy(work: Work) -> dict[str, float]:

@@ -27,6 +27,7 @@ MODELS = {
     "deepseek-v2": "deepseek_v2",
     "deepseek-v3": "deepseek_v3",
     "moonlight-16b-a3b": "moonlight_16b_a3b",
+    "minimax-text-01": "minimax_text_01",
 }
 """Names and the functions of `jaxrl.nets.presets`."""
 

@@ -98,7 +98,7 @@ def one_layer(config: TransformerConfig, mesh: Mapping[str, int]) -> float:
     of_stack: dict[str, float] = {}
     for leaf in leaves(config):
         if leaf.matrix:
-            layers = leaf.shape[0] / mesh["stage"]
+            layers = math.prod(leaf.shape[: 2 if leaf.stack == "periods" else 1]) / mesh["stage"]
             of_stack[leaf.stack] = of_stack.get(leaf.stack, 0.0) + own(leaf, mesh, fsdp=False) / layers
     return max(of_stack.values())
 

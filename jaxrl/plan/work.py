@@ -80,10 +80,20 @@ def pairs(config: TransformerConfig, columns: int, *, causal: bool = True) -> fl
         reach = min(reach, columns)
         return reach * (reach + 1) / 2 + (columns - reach) * reach
 
+    attending = sum(not kind.linear for kind in config.kinds)
     if config.window is None:
-        return config.layers * of(columns)
-    near = config.layers if config.window_layers is None else len(config.window_layers)
-    return near * of(config.window) + (config.layers - near) * of(columns)
+        return attending * of(columns)
+    near = attending if config.window_layers is None else len(config.window_layers)
+    return near * of(config.window) + (attending - near) * of(columns)
+
+
+def linear_flops(config: TransformerConfig, *, chunk: int = 128) -> float:
+    """FLOPs of a token in all linear layers: its state written and read, and the pairs of its chunk."""
+    if config.linear is None:
+        return 0.0
+    heads, keys, values = config.linear.state(config.heads, config.kv_heads, config.head_size)
+    layers = sum(kind.linear for kind in config.kinds)
+    return layers * (4.0 * heads * keys * values + heads * chunk * (keys + values))
 
 
 def train_flops(work: Work, *, dense: bool = False) -> dict[str, float]:
@@ -104,6 +114,7 @@ def train_flops(work: Work, *, dense: bool = False) -> dict[str, float]:
     last = c.layers * c.width * c.ffn if c.experts is None else 0.0
     again = {"none": 0.0, "dots": 0.0, "full": forward - 2.0 * tokens * last}[c.remat]
     attention = 2.0 * work.rows * pairs(c, columns, causal=not dense) * (widths.scores + widths.mixed)
+    attention += tokens * linear_flops(c)
     unembed = 2.0 * tokens * work.scored * c.width * c.vocab_size
     parts = {
         "layers": 3 * forward + again,
@@ -133,7 +144,8 @@ def sample_flops(work: Work) -> dict[str, float]:
     widths, latent = attention_widths(c), c.latent
     plain = widths.scores + widths.mixed
     absorbed = plain if latent is None else c.heads * (latent.cached + latent.kv_rank)
-    scores = lambda width: 2.0 * width * c.layers * work.length
+    attending = sum(not kind.linear for kind in c.kinds)
+    scores = lambda width: 2.0 * width * attending * work.length + linear_flops(c, chunk=1)
     return {
         "prefill": prompts * (prompt * (matrices + scores(plain)) + logits),
         "decode": (work.completion - 1) * work.batch * (matrices + scores(absorbed) + logits),

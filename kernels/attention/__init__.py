@@ -15,6 +15,11 @@ from jaxrl.kernels.attention.masks import Span as Span
 from jaxrl.kernels.attention.masks import Tree as Tree
 from jaxrl.kernels.attention.masks import Window as Window
 from jaxrl.kernels.attention.masks import dense as dense
+from jaxrl.kernels.attention.patterns import BigBird as BigBird
+from jaxrl.kernels.attention.patterns import Fixed as Fixed
+from jaxrl.kernels.attention.patterns import Longformer as Longformer
+from jaxrl.kernels.attention.patterns import Pattern as Pattern
+from jaxrl.kernels.attention.patterns import Strided as Strided
 from jaxrl.kernels.attention.ring import ring_attention as ring_attention
 from jaxrl.kernels.attention.ring import unzigzag as unzigzag
 from jaxrl.kernels.attention.ring import zigzag as zigzag

@@ -25,6 +25,7 @@ CLASSES = {
 OF_ENCODERS = (
     *("causal", "positions", "rope_sections", "norm", "norm_place", "gated", "activation", "bias"),
     *("embed_width", "embed_norm", "token_types", "share_layers"),
+    *("linear", "linear_layers", "rectified", "residual", "pattern"),
 )
 """Choices in which the decoders of `CLASSES` do not differ."""
 

@@ -1,10 +1,12 @@
 """Mesh strings and sharding rules."""
 
+from types import SimpleNamespace
+
 import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxrl import parallel
+from jaxrl import networks, parallel
 from jaxrl.nets.language_model import language_model
 from jaxrl.nets.transformer import TransformerConfig
 
@@ -63,3 +65,31 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="no sharding rule fits; add one to parallel.sharding.RULES"):
         parallel.partition("params/critic/kernel", (8, 8), mesh)
     assert parallel.partition("opt_state/0/count", (), mesh) == P()
+
+
+def test_every_network_has_rules():
+    """Language networks by name; towers of pictures behind them, and all others, by the last axis."""
+    eight = SimpleNamespace(shape={axis: 8 if axis == "fsdp" else 1 for axis in parallel.AXES})
+    one = SimpleNamespace(shape=dict.fromkeys(parallel.AXES, 1))
+    for network in networks.networks():
+        named = network.family in ("decoder", "encoder")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(network.shapes):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            rules = parallel.RULES if named or network.family == "vision-language" else ()
+            rules = rules if named else (*rules, *parallel.LAST_AXIS)
+            spec = parallel.partition(name, leaf.shape, one if named else eight, rules=rules)
+            assert len(spec) in (0, len(leaf.shape)), (network.name, name)
+    tree = networks.networks()
+    vit = next(network for network in tree if network.name == "vit_b16").shapes
+    spec = parallel.partition("layers/ffn/up/kernel", vit["layers"]["ffn"]["up"]["kernel"].shape, eight)
+    assert tuple(spec) == ("stage", "fsdp", "tensor")
+    assert tuple(parallel.partition("patches/kernel", (16, 16, 3, 768), eight, rules=parallel.LAST_AXIS))[-1] == "fsdp"
+    assert tuple(parallel.partition("odd", (3, 5), eight, rules=parallel.LAST_AXIS)) == (None, None)
+
+
+def test_layers_in_periods_and_layers_that_share_parameters():
+    mesh = SimpleNamespace(shape={axis: 2 for axis in parallel.AXES})
+    rule = lambda path, shape: tuple(parallel.partition(path, shape, mesh))
+    assert rule("periods/linear_layers/ffn/up/kernel", (4, 3, 8, 16)) == ("stage", None, "fsdp", "tensor")
+    assert rule("layers/ffn/up/kernel", (8, 16)) == ("fsdp", "tensor")
+    assert rule("layers/ffn/up/kernel", (4, 8, 16)) == ("stage", "fsdp", "tensor")

@@ -42,6 +42,7 @@ PUBLISHED = {
     "deepseek-v2": 235_741_434_880,
     "deepseek-v3": 671_026_419_200,
     "moonlight-16b-a3b": 15_960_110_208,
+    "minimax-text-01": 456_089_655_296,
 }
 """Parameters as the models' checkpoints hold them, a tied embedding once."""
 
@@ -121,6 +122,15 @@ def test_experts_and_latents_by_hand():
     scores = lambda c, width: 2 * 16 * work.pairs(c, 64) * width
     assert work.train_flops(one)["attention"] / 4.5 == scores(MIXTURE, 8 * (16 + 8))
     assert work.train_flops(a_work(config=dense))["attention"] / 4.5 == scores(dense, 8 * (8 + 8))
+
+
+def test_linear_layers_cost_the_same_at_any_length():
+    config = presets.linear_transformer(96, 64, 4, heads=4, kv_heads=4)
+    short, long = (a_work("grpo", config=config, length=n, completion=32, group=4) for n in (65, 1025))
+    assert work.pairs(config, 64) == 0
+    assert memory.cache_bytes(short) == memory.cache_bytes(long) == 4 * 4 * 16 * 4 * 16 * 17  # L rows H D (Dv + 1)
+    each = lambda one: work.train_flops(one)["attention"] / (one.length - 1)
+    assert each(short) == each(long) == 4.5 * 16 * 4 * 4 * (4 * 16 * 17 + 128 * (16 + 17))
 
 
 def test_a_pipeline_computes_on_empty_places():

@@ -1,0 +1,285 @@
+"""Linear attention in a decoder layer: feature maps, norms, decays and gates of the published forms, and the state that
+takes the place of a cache of keys and values."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxrl.kernels.attention import Causal, Full, Mask, Segments
+from jaxrl.kernels.attention.masks import And
+from jaxrl.kernels.linear_attention import linear_attention
+from jaxrl.nets.attention import Attention
+from jaxrl.nets.cache import Slot, read_state, write_state
+from jaxrl.nets.layers import Linear, RMSNorm
+
+MAPS = {
+    "identity": lambda x: x,
+    "elu": nn.elu,
+    "elu+1": lambda x: nn.elu(x) + 1,
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "sigmoid": nn.sigmoid,
+}
+"""Functions of one number."""
+RANDOM = ("performer", "performer_relu")
+POSITIVE = ("elu+1", "relu", "sigmoid", *RANDOM)
+CHOICES = {
+    "features": (*MAPS, *RANDOM),
+    "values": tuple(MAPS),
+    "norm": ("none", "heads", "all"),
+    "decay": ("none", "retention", "lightning"),
+    "gate": ("none", "sigmoid", "silu"),
+    "row_norms": ("chi", "sqrt"),
+    "implementation": (None, "chunked", "recurrent"),
+}
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """What stands in the place of the softmax.
+
+    features "elu+1", normalised: Linear Transformer (Katharopoulos et al. 2020, arXiv:2006.16236). "performer" or
+    "performer_relu", normalised: Performer (Choromanski et al. 2020, arXiv:2009.14794). "elu" or "elu+1", a norm:
+    NormAttention of TransNormer (Qin et al. 2022, arXiv:2210.10340). "silu" for values too, decay "lightning", a norm
+    and a gate "sigmoid": Lightning Attention (MiniMax 2025, arXiv:2501.08313). "identity", decay "retention", a norm
+    "heads" and a gate "silu": like RetNet (Sun et al. 2023, arXiv:2307.08621), but values are as wide as keys.
+    """
+
+    features: str = "elu+1"  # of queries and keys: one of MAPS, or random ones
+    normalise: bool = True  # divide by the sum of weights, which must not be negative
+    norm: Literal["none", "heads", "all"] = "none"  # RMSNorm after: of each head, or of all heads together
+    decay: Literal["none", "retention", "lightning"] = "none"
+    gate: Literal["none", "sigmoid", "silu"] = "none"  # act(x W) times what comes out, after the norm
+    values: str = "identity"  # one of MAPS, of the values
+    kv_heads: int | None = None  # None: the config's
+    rotary: bool = True  # queries and keys turn, where the config's do, before they are mapped
+    random: int = 256  # features of the random maps
+    orthogonal: bool = True  # their directions, in blocks of head_dim; False: independent ones
+    row_norms: Literal["chi", "sqrt"] = "chi"  # lengths of orthogonal directions: those of normal vectors, or sqrt(Dh)
+    eps: float = 1e-6  # beside the sum of weights, and in the norm
+    implementation: Literal["chunked", "recurrent"] | None = None  # of `kernels.linear_attention`; None: its choice
+
+    def __post_init__(self):
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"linear.{name} is {getattr(self, name)!r}, expected one of {known}")
+        if self.normalise and self.features not in POSITIVE:
+            raise ValueError(
+                f"linear.features is {self.features!r} with normalise: sums of weights of either sign may vanish; "
+                f"expected one of {POSITIVE}, or normalise=False with a norm"
+            )
+        if self.random < 1:
+            raise ValueError(f"linear.random is {self.random}, expected at least one feature")
+
+    def state(self, heads: int, kv_heads: int, head_dim: int) -> tuple[int, int, int]:
+        """Shape of one row's state: heads, features of a key, numbers of a value (and of the sum of weights)."""
+        own = heads if self.decay != "none" else self.kv_heads or kv_heads
+        features = self.random if self.features in RANDOM else head_dim
+        return own, features, head_dim + self.normalise
+
+
+def random_projection(
+    key: jax.Array, features: int, size: int, *, orthogonal: bool = True, row_norms: str = "chi"
+) -> jax.Array:
+    """Directions w [features, size] float32 of random features, each distributed as a standard normal vector.
+
+    Orthogonal ones are orthogonal to each other within blocks of `size`; with row_norms "sqrt" all have length
+    sqrt(size), and the features are those of a slightly other kernel. (arXiv:2009.14794, section 2.4.)
+    """
+    ours, other = jax.random.split(key)
+    if not orthogonal:
+        return jax.random.normal(ours, (features, size))
+    q, r = jnp.linalg.qr(jax.random.normal(ours, (-(-features // size), size, size)))
+    q = q * jnp.sign(jnp.diagonal(r, axis1=1, axis2=2))[:, None, :]  # uniform over all rotations
+    rows = jnp.swapaxes(q, 1, 2).reshape(-1, size)[:features]
+    if row_norms == "sqrt":
+        return rows * size**0.5
+    return rows * jnp.linalg.norm(jax.random.normal(other, (features, size)), axis=1, keepdims=True)
+
+
+def positive_features(x: jax.Array, w: jax.Array, *, largest: bool = False) -> jax.Array:
+    """FAVOR+: phi(x) with E phi(q) . phi(k) = exp(q . k / sqrt(Dh)) over standard normal rows of w.
+
+        phi(x) = exp(w x' - |x'|^2 / 2) / sqrt(m),   x' = x / Dh^(1/4)
+
+    Args:
+      x: [..., Dh].
+      w: [m, Dh].
+      largest: divide each vector by its largest feature, which a ratio does not notice: for queries. Keys keep their
+        scale, so that no key knows of another and causality is strict; exp(|w|^2 / 2) bounds a feature, and float32
+        holds that up to heads of about 128.
+
+    Returns:
+      [..., m] float32.
+    """
+    x = x.astype(jnp.float32) * x.shape[-1] ** -0.25
+    power = x @ w.T - jnp.sum(jnp.square(x), axis=-1, keepdims=True) / 2
+    if largest:
+        power = power - jax.lax.stop_gradient(jnp.max(power, axis=-1, keepdims=True))
+    return jnp.exp(power) * w.shape[0] ** -0.5
+
+
+def relu_features(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Performer's generalised kernel: relu(w x / Dh^(1/4)) + 1e-3, float32 [..., m]."""
+    return nn.relu((x.astype(jnp.float32) * x.shape[-1] ** -0.25) @ w.T) + 1e-3
+
+
+def redraw(config: LinearConfig, params: Any, key: jax.Array) -> Any:
+    """The parameters with new random projections, each leaf and layer its own; what else there is stays."""
+
+    def one(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not name.endswith("projection"):
+            return leaf
+        own = jax.random.fold_in(key, sum(ord(c) * 31**i for i, c in enumerate(name)) % 2**31)
+        options = {"orthogonal": config.orthogonal, "row_norms": config.row_norms}
+        draw = partial(random_projection, features=leaf.shape[-2], size=leaf.shape[-1], **options)
+        for _ in leaf.shape[:-2]:
+            draw = jax.vmap(draw)
+        return draw(jax.random.split(own, leaf.shape[:-2])).astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def log_decays(kind: str, heads: int, layer: jax.Array | int, layers: int) -> jax.Array | None:
+    """Logarithms of the factors by which each head's state shrinks with every token, [heads]; None for "none".
+
+    retention: log(1 - 2^(-5 - h)), h = 0 ... heads - 1
+    lightning: -2^(-8 h / heads) (1 - l / (layers - 1 + 1e-5) + 1e-5), h = 1 ... heads, in layer l of all
+    """
+    if kind == "none":
+        return None
+    h = jnp.arange(heads, dtype=jnp.float32)
+    if kind == "retention":
+        return jnp.log1p(-(2.0 ** (-5.0 - h)))
+    return -(2.0 ** (-8.0 * (h + 1) / heads)) * (1.0 - layer / (layers - 1 + 1e-5) + 1e-5)
+
+
+def documents(mask: Mask, rows: int, tokens: int, offset: int | jax.Array = 0) -> tuple[bool, jax.Array | None]:
+    """What a mask of `Causal`, `Full`, `Segments` and their `&` means for a state.
+
+    The ids that count are those of the keys: a token's id as a query must be the same, and the tokens of a document
+    neighbours. Padding with an id of its own, on the left or right, is a document like others.
+
+    Returns:
+      (does a token see only what came before, bool [rows, tokens] where a document starts or None if there is one).
+
+    Raises:
+      ValueError: for any other mask.
+    """
+    parts, causal, starts = [mask], False, None
+    while parts:
+        part = parts.pop()
+        if isinstance(part, And):
+            parts += [part.a, part.b]
+        elif isinstance(part, Causal):
+            causal = True
+        elif isinstance(part, Segments):
+            here = offset + jnp.arange(tokens)
+            ids = (jnp.take(part.keys(), jnp.maximum(at, 0), axis=1, mode="clip") for at in (here, here - 1))
+            new = jnp.broadcast_to(jnp.not_equal(*ids), (rows, tokens))
+            starts = new if starts is None else starts | new
+        elif not isinstance(part, Full):
+            raise ValueError(
+                f"linear attention cannot follow the mask {type(part).__name__}: its state forgets nothing that came "
+                "before; expected Causal, Full, Segments and their &, or layers that attend"
+            )
+    return causal, starts
+
+
+def both_ways(q, k, v, starts, **options) -> jax.Array:
+    """Linear attention of tokens that see their whole document: what came before, what comes after, less itself once.
+
+    q, k, v as in `linear_attention`; starts: bool [B, T].
+    """
+    normalise, eps = options.pop("normalise"), options.pop("eps")
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    if normalise:
+        v = jnp.concatenate([v, jnp.ones((*v.shape[:3], 1))], axis=3)
+    ids = jnp.cumsum(starts, axis=1, dtype=jnp.int32)
+    back = lambda x: jnp.flip(x, axis=1)
+    before: Any = linear_attention(q, k, v, segments=ids, **options)
+    after: Any = linear_attention(back(q), back(k), back(v), segments=back(ids), **options)
+    spread = lambda x: jnp.repeat(x, q.shape[2] // x.shape[2], axis=2)
+    o = before + back(after) - jnp.sum(q * spread(k), axis=-1, keepdims=True) * spread(v)
+    return o[..., :-1] / (o[..., -1:] + eps) if normalise else o
+
+
+class LinearAttention(Attention):
+    """Attention without the softmax, of which `LinearConfig` says the form.
+
+        o_t = sum_{j <= t} (phi(q_t) . phi(k_j)) decay^(t - j) v_j,   y = (gate(x) * norm(o)) W_o
+
+    Projections and their options are those of `Attention`, whose window and pattern have no meaning here. The past is
+    one float32 matrix for each head (`Cache`), so a token's cost does not depend on what came before. Masks: see
+    `documents`; without `Causal`, every token sees its whole document, and there is neither cache nor decay.
+
+    Parameters: those of `Attention`; with a norm out_norm/scale [Dh] or [H Dh], with a gate gate/kernel [D, H Dh], with
+    random features projection [random, Dh] float32. That one is a constant to gradients: it is drawn by init, lies in
+    checkpoints, and `redraw` draws it anew, between updates so that sampler and trainer hold the same.
+    """
+
+    linear: LinearConfig = LinearConfig()
+    layers: int = 1  # of the network, for decays that depend on depth
+
+    @nn.compact
+    def __call__(self, x, cos, sin, mask, slot: Slot | None = None, layer=0):
+        """As `Attention`, but a slot's k holds states, and layer is the layer's index in the network."""
+        c, types = self.linear, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        b, t, _ = x.shape
+        q, k, v = self.projected(x, *((cos, sin) if c.rotary else (None, None)))
+        q, k = self._features(q, k)
+        v = MAPS[c.values](v)
+        offset = 0 if slot is None else slot.length
+        if slot is None:
+            mask.check((b, self.heads, t, t), 0)
+        causal, starts = documents(mask, b, t, offset)
+        y: Any
+        options: dict[str, Any] = {"normalise": c.normalise, "eps": c.eps}
+        if not causal and (slot is not None or c.decay != "none"):
+            raise ValueError(
+                f"linear attention with decay {c.decay!r} and {'no' if slot is None else 'a'} cache got a mask without "
+                "Causal: a state and its decay know only what came before; give Causal() & the mask"
+            )
+        if causal:
+            options |= {
+                "log_decay": log_decays(c.decay, self.heads, layer, self.layers),
+                "segments": None if starts is None or t == 1 else jnp.cumsum(starts, axis=1, dtype=jnp.int32),
+                "implementation": c.implementation,
+            }
+        if slot is not None:
+            state = read_state(slot)
+            if starts is not None:
+                state = jnp.where(starts[:, 0, None, None, None], 0.0, state)
+            y, state = linear_attention(q, k, v, state=state, return_state=True, **options)
+            slot = write_state(slot, state)
+        elif causal or starts is None:
+            y = linear_attention(q, k, v, causal=causal, **options)
+        else:
+            y = both_ways(q, k, v, starts, **options)
+        return self._out(x, y.astype(self.dtype), types), slot
+
+    def _features(self, q, k):
+        c, size = self.linear, self.head_dim
+        if c.features not in RANDOM:
+            return MAPS[c.features](q), MAPS[c.features](k)
+        options = {"orthogonal": c.orthogonal, "row_norms": c.row_norms}
+        w = self.param("projection", lambda key: random_projection(key, c.random, size, **options))
+        w = jax.lax.stop_gradient(w)
+        if c.features == "performer_relu":
+            return relu_features(q, w), relu_features(k, w)
+        return positive_features(q, w, largest=True), positive_features(k, w)
+
+    def _out(self, x, y, types):
+        c, whole = self.linear, (*x.shape[:2], self.heads * self.head_dim)
+        y = y if c.norm == "heads" else y.reshape(whole)
+        if c.norm != "none":
+            y = RMSNorm(c.eps, **types, name="out_norm")(y)
+        y = y.reshape(whole)
+        if c.gate != "none":
+            y = MAPS[c.gate](Linear(whole[2], **types, name="gate")(x)) * y
+        return Linear(x.shape[-1], use_bias=self.bias, kernel_init=self.out_init, **types, name="o")(y)
