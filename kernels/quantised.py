@@ -3,7 +3,7 @@
     x is about values * scale, one scale for each block
     x @ w is about sum_c scale_x scale_w (values_x @ values_w), c over the blocks of the contracted axis
 
-The gradients pass straight through the rounding.
+The gradients pass straight through the rounding; their own products may be in 8 bits, too.
 """
 
 from __future__ import annotations
@@ -38,11 +38,15 @@ class Quantised(NamedTuple):
 
 
 class Scheme(NamedTuple):
-    """How the two factors of x @ w are quantised; a block of x is as wide as a block of w is high."""
+    """How the two factors of x @ w are quantised; a block of x is as wide as a block of w is high.
+
+    power_of_two: scales are rounded up to powers of two, as in `quantise`.
+    """
 
     dtype: Any
     x_block: Block
     w_block: Block
+    power_of_two: bool = False
 
 
 INT8 = Scheme(jnp.int8, (1, None), (None, 1))
@@ -50,7 +54,7 @@ FP8 = Scheme(jnp.float8_e4m3fn, (1, 128), (128, 128))
 """As in DeepSeek-V3 (2024, arXiv:2412.19437, section 3.3)."""
 
 
-def quantise(x: jax.Array, *, dtype: Any, block: Block) -> Quantised:
+def quantise(x: jax.Array, *, dtype: Any, block: Block, power_of_two: bool = False) -> Quantised:
     """Values in 8 bits and a scale for each block.
 
         scale = max(max |x| of the block * (1 / top), 2^-60);   values = round(x / scale)
@@ -63,6 +67,8 @@ def quantise(x: jax.Array, *, dtype: Any, block: Block) -> Quantised:
       x: [..., R, C], any float dtype.
       dtype: jnp.int8 or jnp.float8_e4m3fn.
       block: rows and columns of a block; None for the whole axis.
+      power_of_two: the scale is rounded up to a power of two (`ue8m0` of DeepSeek-V3.1): multiplying by it rounds
+        nothing. The largest value is then somewhere between top / 2 and top.
 
     Returns:
       `Quantised`.
@@ -75,6 +81,8 @@ def quantise(x: jax.Array, *, dtype: Any, block: Block) -> Quantised:
     largest = jnp.max(jnp.abs(tiles), axis=(-3, -1), keepdims=True, initial=0.0)
     finite = jnp.isfinite(largest)
     scale = jnp.where(finite, jnp.maximum(largest * (1 / top), LEAST_SCALE), 1.0)
+    if power_of_two:
+        scale = _next_power(scale)
     values = jnp.where(finite, tiles, 0.0) / scale
     if jnp.issubdtype(dtype, jnp.integer):
         values = jnp.round(values)
@@ -89,7 +97,9 @@ def dequantise(q: Quantised, *, block: Block, dtype: Any = jnp.float32) -> jax.A
     return (q.values.astype(jnp.float32) * _spread(q.scales, q.values.shape, block)).astype(dtype)
 
 
-def quantised_matmul(x: jax.Array, w: jax.Array | Quantised, *, scheme: Scheme = FP8) -> jax.Array:
+def quantised_matmul(
+    x: jax.Array, w: jax.Array | Quantised, *, scheme: Scheme = FP8, quantise_gradient: bool = False
+) -> jax.Array:
     """x @ w with both factors in 8 bits.
 
         y = sum_c (values_x[:, c] @ values_w[c]) * scale_x[:, c] * scale_w[c]
@@ -99,23 +109,33 @@ def quantised_matmul(x: jax.Array, w: jax.Array | Quantised, *, scheme: Scheme =
     the error.
 
     The gradients are those of the unrounded product of the dequantised factors, in the dtype of x: dx = dy w'^T,
-    dw = x'^T dy (straight through; Bengio et al. 2013, arXiv:1308.3432). DeepSeek-V3 quantises dy, too; we do not.
+    dw = x'^T dy (straight through; Bengio et al. 2013, arXiv:1308.3432). With `quantise_gradient` the two products are
+    in 8 bits, too, as in DeepSeek-V3's training: dy is quantised in blocks along N for the one and along M for the
+    other, and so is x', which was quantised along K before. Deviations: no factor has more than 8 bits (theirs does
+    behind attention), and sums are in float32 throughout.
     What is kept for the backward pass is in 8 bits. Second derivatives take the factors for constants.
 
     Args:
       x: [..., K], float.
       w: [K, N], float; or quantise(w, dtype=scheme.dtype, block=scheme.w_block), which then has no gradient.
       scheme: `FP8` (default), `INT8`, or another `Scheme`.
+      quantise_gradient: see above; blocks of w must be as wide as high.
 
     Returns:
       y [..., N] in the dtype of x.
 
     Raises:
-      ValueError: shapes that do not fit; a quantised w of another scheme; a K too deep for int32 sums.
+      ValueError: shapes that do not fit; a quantised w of another scheme; a K too deep for int32 sums; blocks of w
+        that are not square, with `quantise_gradient`.
     """
     _check("quantised_matmul", x, w, scheme, 2)
+    if quantise_gradient and (scheme.w_block[0] is None or len({*scheme.w_block, scheme.x_block[1]}) > 1):
+        raise ValueError(
+            f"quantised_matmul: blocks of w are {scheme.w_block}, and quantise_gradient multiplies by w from both "
+            "sides: expected as many rows as columns, as in FP8"
+        )
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return _product(scheme, rows, w, None).reshape(*x.shape[:-1], _weights(w).shape[-1])
+    return _product(scheme, rows, w, None, quantise_gradient).reshape(*x.shape[:-1], _weights(w).shape[-1])
 
 
 def quantised_grouped_matmul(
@@ -139,7 +159,7 @@ def quantised_grouped_matmul(
     return _product(scheme, x, w, group_sizes)
 
 
-def rounding_bound(x: jax.Array, *, dtype: Any, block: Block) -> jax.Array:
+def rounding_bound(x: jax.Array, *, dtype: Any, block: Block, power_of_two: bool = False) -> jax.Array:
     """A bound on |dequantise(quantise(x)) - x|, element by element.
 
         int8: scale / 2 + 2^-22 |x|;   e4m3: max(2^-4 |x|, 2^-10 scale) + 2^-22 |x|
@@ -148,12 +168,12 @@ def rounding_bound(x: jax.Array, *, dtype: Any, block: Block) -> jax.Array:
     a normal value; below 2^-6 values stand 2^-9 apart. The last term covers the float32 division and product.
 
     Args:
-      x, dtype, block: as given to `quantise`.
+      x, dtype, block, power_of_two: as given to `quantise`.
 
     Returns:
       float32 [..., R, C]; NaN in blocks that are not finite.
     """
-    scale = _spread(quantise(x, dtype=dtype, block=block).scales, x.shape, block)
+    scale = _spread(quantise(x, dtype=dtype, block=block, power_of_two=power_of_two).scales, x.shape, block)
     size = jnp.abs(x.astype(jnp.float32))
     step = scale / 2 if jnp.issubdtype(dtype, jnp.integer) else jnp.maximum(2.0**-4 * size, 2.0**-10 * scale)
     return step + 2.0**-22 * size
@@ -176,8 +196,8 @@ def product_bound(x: jax.Array, w: jax.Array, *, scheme: Scheme = FP8) -> jax.Ar
     Returns:
       float32 [M, N].
     """
-    dx = rounding_bound(x, dtype=scheme.dtype, block=scheme.x_block)
-    dw = rounding_bound(w, dtype=scheme.dtype, block=scheme.w_block)
+    bound = functools.partial(rounding_bound, dtype=scheme.dtype, power_of_two=scheme.power_of_two)
+    dx, dw = bound(x, block=scheme.x_block), bound(w, block=scheme.w_block)
     size_x, size_w = (jnp.abs(a.astype(jnp.float32)) for a in (x, w))
     depth, count = _depth(scheme, x.shape[1])
     roundings = 4 if jnp.issubdtype(scheme.dtype, jnp.integer) else 4 + depth + count
@@ -185,12 +205,16 @@ def product_bound(x: jax.Array, w: jax.Array, *, scheme: Scheme = FP8) -> jax.Ar
     return dot(size_x, dw) + dot(dx, size_w + dw) + 2.0**-24 * roundings * dot(size_x + dx, size_w + dw)
 
 
-def _product(scheme, x, w, group_sizes) -> Any:
+def _product(scheme, x, w, group_sizes, quantise_gradient=False) -> Any:
     if isinstance(w, Quantised):
         x, *w = vary_alike(x, *w)
-        return _rounded((scheme, x.dtype, None), x, None, Quantised(*w), group_sizes)
+        return _rounded((scheme, x.dtype, None, quantise_gradient), x, None, Quantised(*w), group_sizes)
     x, w = vary_alike(x, w)
-    return _rounded((scheme, x.dtype, w.dtype), x, w, None, group_sizes)
+    return _rounded((scheme, x.dtype, w.dtype, quantise_gradient), x, w, None, group_sizes)
+
+
+def _quantise(scheme, x, block) -> Quantised:
+    return quantise(x, dtype=scheme.dtype, block=block, power_of_two=scheme.power_of_two)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -199,16 +223,19 @@ def _rounded(static, x, w, w_quantised, group_sizes):
 
 
 def _forward(static, x, w, w_quantised, group_sizes):
-    scheme, dtype, _ = static
-    x = quantise(x, dtype=scheme.dtype, block=scheme.x_block)
+    scheme, dtype, _, _ = static
+    x = _quantise(scheme, x, scheme.x_block)
     if w_quantised is None:
-        w_quantised = quantise(w, dtype=scheme.dtype, block=scheme.w_block)
+        w_quantised = _quantise(scheme, w, scheme.w_block)
     y = _sum_of_blocks(scheme, x, w_quantised, group_sizes).astype(dtype)
     return y, (x, w_quantised, group_sizes)
 
 
 def _backward(static, residuals, dy):
-    (scheme, dtype, w_dtype), (x, w, group_sizes) = static, residuals
+    (scheme, dtype, w_dtype, quantise_gradient), (x, w, group_sizes) = static, residuals
+    if quantise_gradient:
+        dx, dw = _quantised_gradients(scheme, x, w, dy)
+        return dx.astype(dtype), None if w_dtype is None else dw.astype(w_dtype), None, None
     x = dequantise(x, block=scheme.x_block, dtype=dtype)
     w = dequantise(w, block=scheme.w_block, dtype=dtype)
 
@@ -222,6 +249,15 @@ def _backward(static, residuals, dy):
 
 
 _rounded.defvjp(_forward, _backward)
+
+
+def _quantised_gradients(scheme, x: Quantised, w: Quantised, dy) -> tuple[jax.Array, jax.Array]:
+    """dy w'^T and x'^T dy, every factor quantised along the axis that is summed over."""
+    across = scheme._replace(w_block=scheme.x_block[::-1])
+    transposed = Quantised(*(a.T for a in w))
+    dx = _sum_of_blocks(scheme, _quantise(scheme, dy, scheme.x_block), transposed, None)
+    columns = _quantise(scheme, dequantise(x, block=scheme.x_block).T, scheme.x_block)
+    return dx, _sum_of_blocks(across, columns, _quantise(scheme, dy, across.w_block), None)
 
 
 def _sum_of_blocks(scheme, x: Quantised, w: Quantised, group_sizes):
@@ -256,6 +292,12 @@ def _depth(scheme, k: int) -> tuple[int, int]:
     """How deep a block of the contraction is, and how many there are."""
     depth = max(k if scheme.x_block[1] is None else scheme.x_block[1], 1)
     return depth, -(-k // depth)
+
+
+def _next_power(scale):
+    """The least power of two that is not smaller, of positive normal float32: by their bits, exactly."""
+    bits = lax.bitcast_convert_type(scale, jnp.uint32) + jnp.uint32(0x7FFFFF)
+    return lax.bitcast_convert_type(bits & jnp.uint32(0x7F800000), jnp.float32)
 
 
 def _top(dtype) -> float:

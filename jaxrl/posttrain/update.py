@@ -15,16 +15,17 @@ from jaxrl.posttrain.compact_adam import scale_by_compact_adam
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with warm-up, a schedule and a global gradient-norm clip."""
+    """AdamW, or Muon for matrices, with warm-up, a schedule and a global gradient-norm clip."""
 
     learning_rate: float = 3e-4
     """Peak learning rate."""
     warmup_steps: int = 0
     """Updates over which the rate rises linearly from 0."""
     decay: str = "constant"
-    """What follows the warm-up: constant, linear or cosine (both down to `final_fraction` at `decay_steps`)."""
+    """What follows the warm-up: constant, linear or cosine (both down to `final_fraction` at `decay_steps`), or
+    multi_step (31.6 % of the peak from 80 % of `decay_steps` on, 10 % from 90 % on)."""
     decay_steps: int = 0
-    """Updates, the warm-up included, after which the decay has ended."""
+    """Updates, the warm-up included, after which the decay has ended; with multi_step all updates of the run."""
     final_fraction: float = 0.0
     """Rate at the end of the decay, as a fraction of the peak."""
     b1: float = 0.9
@@ -36,6 +37,10 @@ class OptimizerConfig:
     """Global norm above which gradients are scaled down; 0 leaves them."""
     state: str = "float32"
     """How the two moments are kept: float32 (8 bytes a parameter), bfloat16 (4) or int8 (about 2, in blocks)."""
+    kind: str = "adamw"
+    """adamw, or muon: matrices of layers by Muon, embeddings, heads, norms and biases by AdamW."""
+    muon_momentum: float = 0.95
+    """Decay of Muon's (Nesterov) momentum."""
     router_bias_rate: float = 1e-3
     """What a router's bias moves by in an update: up for experts with less than the mean load, down for the others."""
 
@@ -46,8 +51,8 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
     after = config.decay_steps - config.warmup_steps
     if config.decay == "constant":
         decay = optax.constant_schedule(peak)
-    elif config.decay not in ("linear", "cosine"):
-        raise ValueError(f"optimizer decay is {config.decay!r}; expected constant, linear or cosine")
+    elif config.decay not in ("linear", "cosine", "multi_step"):
+        raise ValueError(f"optimizer decay is {config.decay!r}; expected constant, linear, cosine or multi_step")
     elif after <= 0:
         raise ValueError(
             f"optimizer decay_steps is {config.decay_steps} with warmup_steps {config.warmup_steps}; "
@@ -55,6 +60,8 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
         )
     elif config.decay == "linear":
         decay = optax.linear_schedule(peak, final, after)
+    elif config.decay == "multi_step":
+        decay = multi_step(peak, config.decay_steps, start=config.warmup_steps)
     else:
         decay = optax.cosine_decay_schedule(peak, after, config.final_fraction)
     if config.warmup_steps == 0:
@@ -62,16 +69,73 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, config.warmup_steps), decay], [config.warmup_steps])
 
 
+def multi_step(peak: float, steps: int, *, start: int = 0) -> optax.Schedule:
+    """DeepSeek LLM's schedule after its warm-up (2024, arXiv 2401.02954, section 2.3): update count -> learning rate.
+
+    The peak, times 0.316 from 80 % of all `steps` on, times 0.1 from 90 % on. Updates are counted from `start`, where
+    the warm-up (2000 in the paper) ends. 0.316 is sqrt(0.1).
+    """
+    borders = [round(share * steps) - start for share in (0.8, 0.9)]
+    if borders[0] < 1:
+        raise ValueError(
+            f"multi_step: {steps} updates, of which {start} are the warm-up, are over it at 80 %; "
+            "give more updates or a shorter warm-up"
+        )
+    return optax.piecewise_constant_schedule(peak, {borders[0]: 0.316, borders[1]: 0.1 / 0.316})
+
+
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """AdamW as the config says. The gradient clip belongs to `apply_gradients`, which knows the norm already."""
-    vector = lambda path, p: p.ndim < 2 or jax.tree_util.keystr(path[-1:], simple=True) in ("scale", "bias")
-    matrices = lambda params: jax.tree_util.tree_map_with_path(lambda path, p: not vector(path, p), params)
-    adam = optax.chain(
-        scale_by_compact_adam(b1=config.b1, b2=config.b2, eps=config.eps, state=config.state),
+    """AdamW or Muon as the config says. The gradient clip belongs to `apply_gradients`, which knows the norm already.
+
+    Raises:
+      ValueError: an unknown kind, decay or state.
+    """
+    matrices = lambda params: jax.tree_util.tree_map_with_path(lambda path, p: not _is_vector(path, p), params)
+    rule = scale_by_compact_adam(b1=config.b1, b2=config.b2, eps=config.eps, state=config.state)
+    if config.kind == "muon":
+        muon = scale_by_muon(momentum=config.muon_momentum)
+        rule = optax.partition({"muon": muon, "adam": rule}, _muon_or_adam)
+    elif config.kind != "adamw":
+        raise ValueError(f"optimizer kind is {config.kind!r}; expected adamw or muon")
+    chain = optax.chain(
+        rule,
         optax.add_decayed_weights(config.weight_decay, matrices),
         optax.scale_by_learning_rate(learning_rate(config)),
     )
-    return _balancing(adam, config.router_bias_rate)
+    return _balancing(chain, config.router_bias_rate)
+
+
+def scale_by_muon(*, momentum: float = 0.95) -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024), scaled as by Liu et al. (2025, arXiv 2502.16982), for trees of matrices.
+
+        M <- momentum M + (1 - momentum) G;   update = 0.2 sqrt(max(in, out)) orthogonalised(Nesterov(M))
+
+    by five Newton-Schulz steps of `optax.contrib.scale_by_muon`. Every matrix of a stack, [L, in, out] or
+    [L, E, in, out], is orthogonalised by itself; the factor makes a root mean square of about 0.2, AdamW's. The mean of
+    gradients, where the papers have a sum, and its bias correction change the scale alone, which is divided out.
+    """
+    last = optax.contrib.MuonDimensionNumbers(-2, -1)
+    each = lambda tree: jax.tree.map(lambda _: last, tree)
+    scale = lambda updates, _: jax.tree.map(lambda u: 0.2 * max(u.shape[-2:]) ** 0.5 * u, updates)
+    return optax.chain(
+        optax.contrib.scale_by_muon(beta=momentum, weight_dimension_numbers=each), optax.stateless(scale)
+    )
+
+
+def _is_vector(path, p) -> bool:
+    return p.ndim < 2 or jax.tree_util.keystr(path[-1:], simple=True) in ("scale", "bias", "projection")
+
+
+def _muon_or_adam(params):
+    """ "muon" for matrices that map features to features, "adam" for the rest."""
+    tables = ("embed", "embedding", "position_embed", "type_embed", "unembed")
+    ends = (*tables, "head", "masked", "pooled", "pair", "classes", "replaced", "replaced_hidden")
+
+    def one(path, p):
+        parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        return "adam" if _is_vector(path, p) or any(part in ends for part in parts) else "muon"
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def _balancing(optimizer: optax.GradientTransformation, rate: float) -> optax.GradientTransformation:

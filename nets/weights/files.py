@@ -12,8 +12,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl.kernels.quantised import FP8, Quantised, dequantise
+
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
+EIGHT, SCALE = "F8_E4M3", "_scale_inv"
+"""8-bit floats, and the ending of the tensor with a factor for each of their blocks (DeepSeek-V3)."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -23,6 +27,7 @@ class Stored:
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    kind: str = ""
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return np.asarray(self.read(), dtype)
@@ -33,11 +38,12 @@ def read_safetensors(where: str | Path) -> dict[str, Stored]:
 
     Args:
       where: a `.safetensors` file, or a folder with `model.safetensors`, or with the files that
-        `model.safetensors.index.json` names, or with one file of another name.
+        `model.safetensors.index.json` names, or with one file of another name. Matrices of 8-bit floats (F8_E4M3) whose
+        `NAME_scale_inv` has a factor for each block of 128 x 128 are read as float32, multiplied out.
 
     Raises:
       ValueError: no such file; pickled weights; a file that is cut short or of another kind; a file or tensor that
-        the index names and that is not there; tensors that are not floats (a quantised checkpoint).
+        the index names and that is not there; tensors that are not floats (a checkpoint quantised in another way).
       ImportError: with the command to run, if `safetensors` is not installed.
     """
     path = Path(where)
@@ -52,12 +58,38 @@ def read_safetensors(where: str | Path) -> dict[str, Stored]:
         tensors |= found
         missing = [name for name, shard in promised.items() if shard == file.name and name not in found]
         problems += [f"{name} is not in {file.name}, where {INDEX} says it is" for name in missing if name not in wrong]
+    tensors, unscaled = _multiplied_out(tensors)
+    problems += unscaled
     if problems:
         raise ValueError(
             f"{path}: expected floats ({', '.join(FLOATS)}), each tensor once and where the index says, but\n  "
             + "\n  ".join(problems)
         )
     return tensors
+
+
+def _multiplied_out(tensors: dict[str, Stored]) -> tuple[dict[str, Stored], list[str]]:
+    """8-bit floats and their factors as one tensor, wherever the factors are, and what is wrong with them."""
+    eight = {name: tensor for name, tensor in tensors.items() if tensor.kind == EIGHT}
+    problems, used, sides = [], set(), [side or 1 for side in FP8.w_block]
+
+    def product(values: Stored, scales: Stored) -> Stored:
+        whole = lambda: Quantised(jnp.asarray(values.read()), jnp.asarray(np.asarray(scales, np.float32)))
+        return Stored(values.shape, lambda: np.asarray(dequantise(whole(), block=FP8.w_block)))
+
+    for name, values in eight.items():
+        scales = tensors.get(name + SCALE)
+        expected = tuple(-(-n // side) for n, side in zip(values.shape, sides, strict=False))
+        if scales is None:
+            problems.append(f"{name} is {EIGHT} and there is no {name}{SCALE}")
+        elif len(values.shape) != 2 or scales.shape != expected:
+            problems.append(
+                f"{name}{SCALE} is {scales.shape}, expected {expected}: blocks of {sides} of {values.shape}"
+            )
+        else:
+            eight[name] = product(values, scales)
+            used.add(name + SCALE)
+    return {name: tensor for name, tensor in (tensors | eight).items() if name not in used}, problems
 
 
 def refuse_pickle(path: Path) -> None:
@@ -162,14 +194,25 @@ def _open(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     except Exception as error:  # its own error class is of no module that one could name
         raise ValueError(f"{file} is not a whole safetensors file ({error}). Download it again") from None
 
-    def stored(name: str) -> Stored:
-        return Stored(tuple(slices[name].get_shape()), lambda: handle.get_tensor(name))
+    def stored(name: str, kind: str) -> Stored:
+        read = _read_eight if kind == EIGHT else lambda _, name: handle.get_tensor(name)
+        return Stored(tuple(slices[name].get_shape()), lambda: read(file, name), kind)
 
-    kinds = {name: part.get_dtype() for name, part in slices.items()}
+    known, kinds = (*FLOATS, EIGHT), {name: part.get_dtype() for name, part in slices.items()}
     return (
-        {name: stored(name) for name, kind in kinds.items() if kind in FLOATS},
-        {name: kind for name, kind in kinds.items() if kind not in FLOATS},
+        {name: stored(name, kind) for name, kind in kinds.items() if kind in known},
+        {name: kind for name, kind in kinds.items() if kind not in known},
     )
+
+
+def _read_eight(file: Path, name: str) -> np.ndarray:
+    """A tensor of e4m3 floats, which the reader of `safetensors` has no NumPy type for: from its place in the file."""
+    with file.open("rb") as stream:
+        header = int.from_bytes(stream.read(8), "little")
+        entry = json.loads(stream.read(header))[name]
+    start, end = entry["data_offsets"]
+    raw = np.fromfile(file, np.uint8, end - start, offset=8 + header + start)
+    return raw.view(jnp.float8_e4m3fn).reshape(entry["shape"])
 
 
 def _safetensors() -> Any:

@@ -94,7 +94,7 @@ def test_schedules():
     assert rate(20, **linear) == 1.5 and rate(99, **linear) == 1.0
     cosine = {"decay": "cosine", "decay_steps": 20}
     np.testing.assert_allclose([rate(0, **cosine), rate(10, **cosine), rate(20, **cosine)], [2.0, 1.0, 0.0], atol=1e-6)
-    with pytest.raises(ValueError, match="expected constant, linear or cosine"):
+    with pytest.raises(ValueError, match="expected constant, linear, cosine or multi_step"):
         rate(0, decay="exponential")
     with pytest.raises(ValueError, match="a decay needs decay_steps larger than warmup_steps"):
         rate(0, decay="linear", warmup_steps=5)
