@@ -8,8 +8,7 @@ import numpy as np
 from jaxrl.nets.config import TransformerConfig
 from jaxrl.nets.encoder import Encoder, EncoderConfig
 from jaxrl.nets.weights import maps
-from jaxrl.nets.weights.maps import Place
-from jaxrl.nets.weights.vit import linear, norm
+from jaxrl.nets.weights.maps import Place, linear, norm
 
 CLASSES = {  # family -> its class name; the first is the plain network's
     "bert": "Bert",

@@ -8,9 +8,8 @@ import numpy as np
 from jaxrl.nets.config import TransformerConfig
 from jaxrl.nets.encoder_presets import gpt2
 from jaxrl.nets.weights import maps
-from jaxrl.nets.weights.maps import Place
+from jaxrl.nets.weights.maps import Place, norm
 from jaxrl.nets.weights.names import shapes
-from jaxrl.nets.weights.vit import norm
 
 IGNORED = ("lm_head.weight", ".attn.bias", ".attn.masked_bias")  # the embeddings again; causal masks as tables
 

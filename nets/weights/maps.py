@@ -37,6 +37,22 @@ Names = Mapping[str, Place | tuple[Place, ...]]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
+def linear(theirs: str, ours: str, index: tuple[int, ...] = (), *, bias: bool = True) -> dict[str, Place]:
+    """Names of a linear layer, stored [out, in]."""
+    places = {f"{theirs}.weight": Place(f"{ours}/kernel", index, (1, 0))}
+    return places | ({f"{theirs}.bias": Place(f"{ours}/bias", index)} if bias else {})
+
+
+def norm(theirs: str, ours: str, index: tuple[int, ...] = ()) -> dict[str, Place]:
+    """Names of a LayerNorm."""
+    return {f"{theirs}.weight": Place(f"{ours}/scale", index), f"{theirs}.bias": Place(f"{ours}/bias", index)}
+
+
+def projection(theirs: str, ours: str) -> dict[str, Place]:
+    """Names of a convolution over patches, stored [out, in, height, width]."""
+    return {f"{theirs}.weight": Place(f"{ours}/kernel", axes=(2, 3, 1, 0)), f"{theirs}.bias": Place(f"{ours}/bias")}
+
+
 def shapes(module: nn.Module, *args: Any, **kwargs: Any) -> dict[str, tuple[int, ...]]:
     """Our parameter paths and shapes, as the module's init with these arguments makes them; nothing is allocated."""
     params = jax.eval_shape(lambda: module.init(jax.random.key(0), *args, **kwargs))["params"]

@@ -1,8 +1,8 @@
 """Names of Swin checkpoints, as Hugging Face's `SwinForImageClassification` and `Swinv2For...` store them."""
 
 from jaxrl.nets.vision.swin import SwinConfig
-from jaxrl.nets.weights.maps import Place
-from jaxrl.nets.weights.vit import block, linear, norm, projection
+from jaxrl.nets.weights.maps import Place, linear, norm, projection
+from jaxrl.nets.weights.vit import block
 
 IGNORED = ("relative_position_index", "relative_coords_table", "attn_mask")
 """Endings of tables that follow from the config, which older checkpoints hold: `from_checkpoint(ignored=IGNORED)`."""

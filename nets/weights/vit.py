@@ -1,23 +1,7 @@
 """Names of ViT checkpoints, as Hugging Face's `ViTForImageClassification` stores them."""
 
 from jaxrl.nets.vision.vit import ViTConfig
-from jaxrl.nets.weights.maps import Place
-
-
-def linear(theirs: str, ours: str, index: tuple[int, ...] = (), *, bias: bool = True) -> dict[str, Place]:
-    """Names of a linear layer, stored [out, in]."""
-    places = {f"{theirs}.weight": Place(f"{ours}/kernel", index, (1, 0))}
-    return places | ({f"{theirs}.bias": Place(f"{ours}/bias", index)} if bias else {})
-
-
-def norm(theirs: str, ours: str, index: tuple[int, ...] = ()) -> dict[str, Place]:
-    """Names of a LayerNorm."""
-    return {f"{theirs}.weight": Place(f"{ours}/scale", index), f"{theirs}.bias": Place(f"{ours}/bias", index)}
-
-
-def projection(theirs: str, ours: str) -> dict[str, Place]:
-    """Names of a convolution over patches, stored [out, in, height, width]."""
-    return {f"{theirs}.weight": Place(f"{ours}/kernel", axes=(2, 3, 1, 0)), f"{theirs}.bias": Place(f"{ours}/bias")}
+from jaxrl.nets.weights.maps import Place, linear, norm, projection
 
 
 def block(
