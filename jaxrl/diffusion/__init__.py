@@ -17,7 +17,6 @@ from jaxrl.diffusion.noise import masked_by as masked_by
 from jaxrl.diffusion.noise import noised as noised
 from jaxrl.diffusion.noise import shortened as shortened
 from jaxrl.diffusion.posttrain import completion_log_probs as completion_log_probs
-from jaxrl.diffusion.posttrain import preference_loss as preference_loss
 from jaxrl.diffusion.posttrain import responses as responses
 from jaxrl.diffusion.sample import Unmasking as Unmasking
 from jaxrl.diffusion.sample import generate as generate

@@ -4,18 +4,14 @@ The masks are a function of a key and a row's tokens, so that old, new and refer
 same masks: most of the noise cancels in their difference.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from jaxrl.diffusion.likelihood import log_likelihood, log_probs_of
 from jaxrl.diffusion.noise import masked_by
-from jaxrl.losses import preference as family
 from jaxrl.losses import reduce
 from jaxrl.nets.language_model import LanguageModel
-from jaxrl.posttrain.preference import interleave, pair_metrics
-from jaxrl.types import Pairs, Rollout, TokenBatch
+from jaxrl.types import Rollout, TokenBatch
 
 
 def responses(
@@ -30,6 +26,9 @@ def responses(
 ) -> tuple[jax.Array, jax.Array, reduce.Weighted]:
     """`posttrain.preference.responses` of a diffusion model: each response's estimated bound on its log-prob.
 
+    With it the DPO family is VRPO (Zhu et al. 2025, LLaDA 1.5, arXiv 2505.19223): the whole budget goes to different
+    times, one mask for each, spread evenly; policy and reference share them where they get the same key and rows.
+
     Args:
       model, params, mask_id, samples, block: as in `log_likelihood`.
       batch: `[B, T]`, a row a response.
@@ -41,48 +40,6 @@ def responses(
     sums = log_likelihood(model, params, batch, key, mask_id=mask_id, samples=samples, block=block)
     lengths = (batch.loss_mask > 0).sum(1, dtype=jnp.float32)
     return sums[:, None], lengths[:, None], reduce.Weighted(jnp.zeros(()), jnp.zeros(()))
-
-
-def preference_loss(
-    model: LanguageModel,
-    params,
-    reference,
-    pairs: Pairs,
-    key: jax.Array,
-    *,
-    mask_id: int,
-    samples: int = 8,
-    variant: family.Variant = family.PRESETS["dpo"],
-):
-    """VRPO: the DPO family on estimated likelihoods, with less variance (Zhu et al. 2025, LLaDA 1.5, arXiv 2505.19223).
-
-    All of the budget goes to different times, one mask for each, spread evenly; policy and reference share them.
-
-    Args:
-      model, params: the policy.
-      reference: frozen parameters, or None where the variant needs none.
-      pairs: rows of one response each.
-      key: consumed.
-      mask_id: the mask token.
-      samples: masks for each response.
-      variant: row of the family.
-
-    Returns:
-      `(Weighted, {"rewards/chosen", ...: Weighted})`, as `posttrain.preference.loss`.
-    """
-    batch = interleave(pairs)
-    options: dict[str, Any] = {"mask_id": mask_id, "samples": samples}
-    both = lambda x: (x[0::2, 0], x[1::2, 0])
-    sums, lengths, _ = responses(model, params, batch, key=jax.random.clone(key), **options)
-    (chosen, rejected), (chosen_lengths, rejected_lengths) = both(sums), both(lengths)
-    frozen = (None, None)
-    if reference is not None:
-        frozen = both(jax.lax.stop_gradient(responses(model, reference, batch, key=key, **options)[0]))
-    values, diagnostics = family.loss(
-        chosen, rejected, *frozen, variant=variant, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths
-    )
-    counted = (chosen_lengths > 0) & (rejected_lengths > 0)
-    return reduce.elements(values, counted), pair_metrics(diagnostics, chosen, rejected, counted)
 
 
 def completion_log_probs(

@@ -166,6 +166,8 @@ def make(
     stop: tuple[tuple[int, ...], ...] = (),
     max_grad_norm: float = 1.0,
     constrain: Callable = lambda batch: batch,
+    sampler: Callable | None = None,
+    log_probs: Callable | None = None,
 ) -> GRPO:
     """Builds the functions of a run.
 
@@ -176,13 +178,15 @@ def make(
       eos_id, pad_id, stop: see `rollout`.
       max_grad_norm: global norm above which the gradient is scaled down; 0 leaves it.
       constrain: puts a batch pytree onto the mesh (`parallel.shard_batch`); the identity on one device.
+      sampler, log_probs: in the place of `rollout` and `completion_log_probs`; those of a diffusion model are
+        `partial(diffusion.generate, mask_id=...)` and `partial(diffusion.completion_log_probs, mask_id=, key=)`.
     """
     row = config.row
     reduction = reduce.by_name(row.reduction, length=config.sampling.max_tokens)
     updates = config.epochs * config.minibatches
     form = partial(group_log_probs, group=config.group) if config.share_prompt else completion_log_probs
-    log_probs_of = partial(form, model, temperature=config.sampling.temperature)
-    complete = partial(rollout_in_slots, slots=config.slots) if config.slots else rollout
+    log_probs_of = partial(log_probs or form, model, temperature=config.sampling.temperature)
+    complete = sampler or (partial(rollout_in_slots, slots=config.slots) if config.slots else rollout)
     resets = row.form == "mirror" if config.reset_optimizer is None else config.reset_optimizer
 
     def init(key, params, problems: int = 0):
@@ -201,7 +205,7 @@ def make(
             eos_id=eos_id,
             pad_id=pad_id,
             samples=config.group,
-            stop=stop,
+            **({"stop": stop} if stop else {}),
         )
         return dataclasses.replace(state, drawn=state.drawn + 1), constrain(completions), rows
 

@@ -154,12 +154,19 @@ def interleave(pairs: Pairs) -> TokenBatch:
     return jax.tree.map(together, pairs.chosen, pairs.rejected)
 
 
-def responses(model: LanguageModel, params, batch: TokenBatch) -> tuple[jax.Array, jax.Array, reduce.Weighted]:
+SCORED = (1 << 30) + 5
+"""Folded into a run's key for what `responses` draws, where they are estimates."""
+
+
+def responses(
+    model: LanguageModel, params, batch: TokenBatch, *, key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, reduce.Weighted]:
     """Log-probs of whole responses, their lengths, and the mean entropy of their tokens.
 
     Args:
       model, params: the language model.
       batch: right-padded `[B, T]`, or packed.
+      key: not used; others that take this function's place draw from it.
 
     Returns:
       `([B] sums, [B] lengths, Weighted)`; `[B, T - 1]` for packed rows, as in `sequence_log_probs`.
@@ -171,7 +178,13 @@ def responses(model: LanguageModel, params, batch: TokenBatch) -> tuple[jax.Arra
 
 
 def loss(
-    config: DPOConfig, model: LanguageModel, params, part: Referenced, *, reference_point: jax.Array | float = 0.0
+    config: DPOConfig,
+    model: LanguageModel,
+    params,
+    part: Referenced,
+    *,
+    reference_point: jax.Array | float = 0.0,
+    responses: Callable = responses,
 ):
     """Mean over pairs of the mixture's losses, and their companions, as (total, weight) pairs.
 
@@ -180,6 +193,7 @@ def loss(
       model, params: the policy.
       part: pairs with their reference. A pair with an empty response counts for nothing.
       reference_point: BCO's, in units of reward.
+      responses: what gives the rows' log-probs, as the function of that name.
 
     Returns:
       `(Weighted, {"rewards/chosen", ..., "policy/entropy": Weighted}, margins)`. Rewards are those of the first row.
@@ -229,6 +243,7 @@ def make(
     *,
     max_grad_norm: float = 1.0,
     constrain: Callable = lambda batch: batch,
+    responses: Callable = responses,
 ) -> DPO:
     """The pure functions of a run (Rafailov et al. 2023, arXiv 2305.18290, and the family of `losses.preference`).
 
@@ -241,6 +256,9 @@ def make(
       optimizer: from `update.make_optimizer`, or any optax transformation.
       max_grad_norm: global norm above which the gradient is scaled down; 0 leaves it.
       constrain: puts a batch pytree onto the mesh (`parallel.shard_batch`); the identity on one device.
+      responses: `(model, params, batch, key=) -> (sums, lengths, entropy)`, log-probs of responses; those of a
+        diffusion model are `partial(diffusion.responses, mask_id=...)`. With `reference_every` the reference is scored
+        in each step under the same key as the policy (VRPO); else once, with a key of its own.
     """
     moves = config.reference_every > 0 and config.needs_reference
 
@@ -250,10 +268,12 @@ def make(
         fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
         return PreferenceState(**fields, reward_mean=jnp.zeros(()) if config.running_point else None)
 
-    def reference(params, pairs: Pairs, *, rows: int = config.batch):
+    def reference(params, pairs: Pairs, *, rows: int = config.batch, key: jax.Array | None = None):
         if not config.needs_reference:
             return Referenced(pairs)
-        sums = in_parts(lambda part: responses(model, params, interleave(constrain(part)))[0], pairs, rows=rows)
+        key = jax.random.key(0) if key is None else key
+        of = lambda part: responses(model, params, interleave(constrain(part)), key=jax.random.clone(key))[0]
+        sums = in_parts(of, pairs, rows=rows)
         sums = sums.reshape(-1, 2, *sums.shape[1:])
         return Referenced(pairs, sums[:, 0], sums[:, 1])
 
@@ -261,11 +281,14 @@ def make(
         examples = data.pairs.chosen.tokens.shape[0]
         rows = update.epoch_batch(state.key, state.step, batch=config.batch, examples=examples)
         batch = constrain(jax.tree.map(lambda x: x[rows], data))
+        key = jax.random.fold_in(jax.random.fold_in(state.key, SCORED), state.step)
         if moves:
-            batch = reference(state.reference, batch.pairs, rows=config.batch // config.micro_batches)
+            parts = config.batch // config.micro_batches
+            batch = reference(state.reference, batch.pairs, rows=parts, key=jax.random.clone(key))
+        score = lambda *given: responses(*given, key=jax.random.clone(key))
         point = state.reward_mean if config.running_point else 0.0
         value, metrics, gradient = update.value_and_grad(
-            lambda params, part: loss(config, model, params, part, reference_point=point)[:2],
+            lambda params, part: loss(config, model, params, part, reference_point=point, responses=score)[:2],
             state.params,
             batch,
             micro_batches=config.micro_batches,
@@ -285,7 +308,8 @@ def make(
         return dataclasses.replace(state, **changes), {**metrics, **trained, "throughput/tokens": tokens}
 
     def margins(params, data: Referenced):
-        one = lambda part: loss(config, model, params, constrain(part))[2]
+        score = lambda *given: responses(*given, key=jax.random.key(0))
+        one = lambda part: loss(config, model, params, constrain(part), responses=score)[2]
         return in_parts(one, data, rows=config.batch)
 
     return DPO(init, reference, step, margins)

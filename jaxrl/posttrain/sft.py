@@ -16,6 +16,9 @@ from jaxrl.posttrain import update
 from jaxrl.posttrain.score import layout, log_probs_of
 from jaxrl.types import TokenBatch
 
+PREPARED = (1 << 30) + 3
+"""Folded into a run's key for what `prepare` draws; other numbers are for the order of examples."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SFTConfig:
@@ -118,6 +121,7 @@ def make(
     max_grad_norm: float = 1.0,
     constrain: Callable = lambda batch: batch,
     objective: Callable = loss,
+    prepare: Callable = lambda key, batch: batch,
 ) -> SFT:
     """The pure functions of a run.
 
@@ -128,6 +132,8 @@ def make(
       max_grad_norm: global norm above which the gradient is scaled down; 0 leaves it.
       constrain: puts a batch pytree onto the mesh (`parallel.shard_batch`); the identity on one device.
       objective: `(model, params, batch) -> (loss, metrics)`, both as (total, weight); `multi_token_loss` is another.
+      prepare: `(key, batch) -> what objective takes`, before the batch is divided: the noise of a diffusion model,
+        `partial(diffusion.noised, mask_id=...)` with `partial(diffusion.loss, mask_id=...)` as objective.
 
     Returns:
       `init(key, params) -> TrainState` and `step(state, data) -> (state, metrics)`, where `data` is a `TokenBatch` of
@@ -140,10 +146,11 @@ def make(
     def step(state, data: TokenBatch):
         rows = update.epoch_batch(state.key, state.step, batch=config.batch, examples=data.tokens.shape[0])
         batch = constrain(jax.tree.map(lambda x: x[rows], data))
+        key = jax.random.fold_in(jax.random.fold_in(state.key, PREPARED), state.step)
         value, metrics, gradient = update.value_and_grad(
             lambda params, part: objective(model, params, part),
             state.params,
-            batch,
+            prepare(key, batch),
             micro_batches=config.micro_batches,
         )
         state, trained = update.apply_gradients(state, gradient, value, optimizer, max_grad_norm=max_grad_norm)

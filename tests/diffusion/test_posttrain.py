@@ -5,8 +5,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxrl import diffusion
+from jaxrl.posttrain import grpo, preference, sft
 from jaxrl.posttrain.preference import interleave
 from jaxrl.posttrain.rollout import Sampling
 from jaxrl.types import Pairs, Prompts, TokenBatch
@@ -28,15 +30,21 @@ PAIRS = Pairs(side([6, 4, 5]), side([5, 6, 2]))  # the last rejected response is
 
 
 def test_vrpo_is_the_dpo_loss_of_estimates_under_shared_masks():
-    loss = partial(diffusion.preference_loss, tiny, mask_id=MASK, samples=4)
-    value_and_grad = jax.value_and_grad(
-        lambda params, *rest: (lambda w, m: (w.mean, (w, m)))(*loss(params, *rest)), has_aux=True
-    )
-    run = jax.jit(value_and_grad, compiler_options=QUICK)
-    (same, _), gradient = run(PARAMS, PARAMS, PAIRS, jax.random.key(0))
+    config, score = preference.DPOConfig(), partial(diffusion.responses, mask_id=MASK, samples=4)
+
+    def value(params, reference, key):
+        of = lambda params: score(tiny, params, interleave(PAIRS), key=jax.random.clone(key))[0].reshape(3, 2)
+        frozen = jax.lax.stop_gradient(of(reference))
+        part = preference.Referenced(PAIRS, frozen[:, :1], frozen[:, 1:])
+        own = lambda *given: score(*given, key=jax.random.clone(key))
+        weighted, metrics, _ = preference.loss(config, tiny, params, part, responses=own)
+        return weighted.mean, (weighted, metrics)
+
+    run = jax.jit(jax.value_and_grad(value, has_aux=True), compiler_options=QUICK)
+    (same, _), gradient = run(PARAMS, PARAMS, jax.random.key(0))
     np.testing.assert_allclose(same, np.log(2), rtol=1e-6)  # the masks' noise cancels altogether
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient)) > 1e-4
-    (_, (value, metrics)), _ = run(OTHER, PARAMS, PAIRS, jax.random.key(0))
+    (_, (value, metrics)), _ = run(OTHER, PARAMS, jax.random.key(0))
     estimate = jax.jit(partial(diffusion.log_likelihood, tiny, mask_id=MASK, samples=4), compiler_options=QUICK)
     new, old = (np.asarray(estimate(p, interleave(PAIRS), jax.random.key(0))) for p in (OTHER, PARAMS))
     margins = 0.1 * ((new - old)[0::2] - (new - old)[1::2])
@@ -44,6 +52,47 @@ def test_vrpo_is_the_dpo_loss_of_estimates_under_shared_masks():
     np.testing.assert_allclose(value.total, expected.sum(), rtol=1e-5)
     np.testing.assert_allclose(value.weight, 2)
     np.testing.assert_allclose(metrics["rewards/margins"].mean, margins[:2].mean(), rtol=1e-3, atol=1e-5)
+
+
+def test_the_loops_train_a_diffusion_model():
+    """SFT, DPO and GRPO as they are, with another objective, other responses, another sampler."""
+    optimizer = optax.adam(1e-2)
+    rows = TokenBatch(jnp.tile(jnp.arange(6)[:, None], (4, 6)), jnp.ones((24, 6)))  # one symbol a row, all alike
+    noise, objective = partial(diffusion.noised, mask_id=MASK), partial(diffusion.loss, mask_id=MASK)
+    recipe = sft.make(sft.SFTConfig(batch=24, micro_batches=2), tiny, optimizer, objective=objective, prepare=noise)
+    state, step = recipe.init(jax.random.key(0), PARAMS), jax.jit(recipe.step, compiler_options=QUICK)
+    losses = []
+    for _ in range(60):
+        state, metrics = step(state, rows)
+        losses.append(float(metrics["train/loss"]))
+    assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:5]), losses
+
+    score = partial(diffusion.responses, mask_id=MASK, samples=4)
+    config = preference.DPOConfig(batch=3, reference_every=1000)
+    recipe = preference.make(config, tiny, optimizer, responses=score)
+    state = recipe.init(jax.random.key(0), PARAMS)
+    data = jax.jit(recipe.reference, compiler_options=QUICK)(PARAMS, PAIRS)
+    step = jax.jit(recipe.step, compiler_options=QUICK)
+    for i in range(8):
+        state, metrics = step(state, data)
+        if i == 0:
+            np.testing.assert_allclose(metrics["train/loss"], np.log(2), rtol=1e-5)  # under the same masks
+    assert metrics["rewards/margins"] > 0.05
+
+    config = grpo.GRPOConfig(prompts=2, group=8, kl_coef=0.0, sampling=Sampling(max_tokens=3))
+    recipe = grpo.make(
+        config, tiny, optimizer, eos_id=7, pad_id=0, sampler=partial(diffusion.generate, mask_id=MASK),
+        log_probs=partial(diffusion.completion_log_probs, mask_id=MASK, key=jax.random.key(5)),
+    )  # fmt: skip
+    state = recipe.init(jax.random.key(0), PARAMS)
+    problems = grpo.Problems(Prompts(jnp.array([[0, 1], [2, 3]]), jnp.array([1, 2])), jnp.zeros(2))
+    reward = lambda completions, _: ((completions.completions == 4) * completions.mask).sum(1)
+    step = jax.jit(grpo.fused(recipe, reward, config), compiler_options=QUICK)
+    rewards = []
+    for _ in range(25):
+        state, metrics = step(state, problems)
+        rewards.append(float(metrics["reward/mean"]))
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.5, rewards
 
 
 def test_responses_take_the_place_of_exact_ones():
