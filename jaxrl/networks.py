@@ -99,9 +99,10 @@ def show(name: str = "", *, family: str = "", display: Display | None = None) ->
     Raises:
       ValueError: no such network or family.
     """
-    display, known = display or Display(), list(networks())
+    display = display or Display()
     if name:
-        return _show_one(_named(name, known), display)
+        return _show_one(find(name), display)
+    known = list(networks())
     families = sorted({one.family for one in known})
     if family and family not in families:
         raise ValueError(f"no family {family!r}; expected one of {', '.join(families)}")
@@ -132,7 +133,13 @@ def cache_of(config: Any) -> str:
     return f"{size / 1024:,.1f} KiB"
 
 
-def _named(name: str, known: list[Network]) -> Network:
+def find(name: str) -> Network:
+    """The network of a name, in which - and . may stand as one types them.
+
+    Raises:
+      ValueError: no such network; the message has the nearest name.
+    """
+    known = list(networks())
     names = [one.name for one in known]
     plain = name.replace("-", "_").replace(".", "")
     if plain not in names:

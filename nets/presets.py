@@ -4,6 +4,7 @@ Every function takes `changes`, fields of TransformerConfig to set otherwise: `q
 """
 
 from dataclasses import replace
+from typing import Any
 
 from jaxrl.kernels.attention import Chunked, Fixed
 from jaxrl.nets.config import TransformerConfig
@@ -24,6 +25,51 @@ def llama_like(vocab_size: int, width: int, layers: int, **changes) -> Transform
     heads = max(width // 64, 1)
     sizes = {"heads": heads, "kv_heads": heads, "ffn": -(-8 * width // (3 * 64)) * 64, "tie_embeddings": True}
     return TransformerConfig(vocab_size=vocab_size, width=width, layers=layers, **(sizes | changes))
+
+
+def shrunk(
+    config: TransformerConfig,
+    vocab_size: int,
+    *,
+    width: int = 64,
+    layers: int = 2,
+    heads: int = 4,
+    ffn: int = 128,
+    max_length: int = 512,
+    **changes,
+) -> TransformerConfig:
+    """The choices of a published network at a size of your own: for tests, notebooks and first steps.
+
+    At most 8 experts of a quarter of `ffn`, two of which a token meets, and half of the width as latent; key heads,
+    window and sections keep their share; layers of several kinds are cut to two periods.
+    """
+    c, head = config, width // heads
+    sizes = {"vocab_size": vocab_size, "width": width, "layers": layers, "heads": heads, "ffn": ffn, "head_dim": None}
+    fields: dict[str, Any] = {**sizes, "max_length": max_length, "kv_heads": max(heads * c.kv_heads // c.heads, 1)}
+    if c.experts:
+        own = max(ffn // 4, 1)
+        fields["experts"] = replace(
+            c.experts, experts=min(c.experts.experts, 8), top_k=min(c.experts.top_k, 2), ffn=own,
+            shared=own * (c.experts.shared > 0), first_dense=min(c.experts.first_dense, 1), groups=min(c.experts.groups, 2),
+            top_groups=min(c.experts.top_groups, 2), aux_choices=None,
+        )  # fmt: skip
+    if c.latent:
+        q_rank = None if c.latent.q_rank is None else width // 2
+        fields["latent"] = LatentConfig(width // 2, head, max(head // 4 * 2, 2), head, q_rank)
+    if c.rope_sections:
+        rest = (head // 2 - head // 8) // 2
+        fields["rope_sections"] = (head // 2 - 2 * rest, rest, rest)
+    if c.window:
+        fields["window"] = max(max_length // 8, 1)
+    if c.window_layers:
+        fields["window_layers"] = tuple(i for i in c.window_layers if i < layers) or (layers - 1,)
+    if c.linear:
+        fields["linear"] = replace(c.linear, random=min(c.linear.random, 2 * head), kv_heads=None)
+    if c.linear_layers:  # every other layer, the first of them
+        fields["linear_layers"] = tuple(range(0, layers, 2))
+    if c.embed_width:
+        fields["embed_width"] = width // 2
+    return replace(c, **(fields | changes))
 
 
 def smollm2_135m(**changes) -> TransformerConfig:

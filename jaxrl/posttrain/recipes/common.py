@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxrl import parallel, runs
+from jaxrl.nets import presets
 from jaxrl.nets.adapters import RULES, Adapter
 from jaxrl.nets.language_model import LanguageModel, language_model
 from jaxrl.nets.transformer import TransformerConfig
@@ -27,6 +28,8 @@ class ModelConfig:
     """A decoder to start from nothing. Vocabulary and context follow from the data. Of a model from `init`, remat and
     dtype change what they are set to; the rest is its own."""
 
+    like: str = ""
+    """A network of `jaxrl nets`, such as deepseek-v3, whose choices it has at the sizes below; empty: a Llama."""
     width: int = 64
     """Width of the residual stream."""
     layers: int = 2
@@ -41,6 +44,25 @@ class ModelConfig:
     """Recompute in the backward pass: none, full or dots."""
     dtype: str = "float32"
     """Compute type; parameters stay float32."""
+
+
+def network(options: ModelConfig, vocab_size: int, max_length: int) -> TransformerConfig:
+    """The decoder that the options describe.
+
+    Raises:
+      ValueError: `like` names no decoder.
+    """
+    fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name != "like"}
+    if not options.like:
+        return TransformerConfig(vocab_size=vocab_size, max_length=max_length, **fields)
+    from jaxrl import networks
+
+    config = networks.find(options.like).config
+    if not isinstance(config, TransformerConfig) or not config.causal:
+        raise ValueError(f"--model.like {options.like} is no decoder; `jaxrl nets --family decoder` lists them")
+    sizes = {name: fields.pop(name) for name in ("width", "layers", "heads", "ffn")}
+    given = {name: value for name, value in fields.items() if value != getattr(ModelConfig, name)}
+    return presets.shrunk(config, vocab_size, max_length=max_length, **sizes, **given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,8 +220,7 @@ def prepare(
     work = task.load_task(run.data, tokenizer=tokenizer, marker=marker, held_out=run.held_out, columns=columns)
     longest = _longest(work, max_tokens, supervised=supervised)
     if start is None:
-        fields = {f.name: getattr(run.model, f.name) for f in dataclasses.fields(run.model)}
-        transformer = TransformerConfig(vocab_size=work.tokenizer.vocab_size, max_length=longest, **fields)
+        transformer = network(run.model, work.tokenizer.vocab_size, longest)
     else:
         given = {name: getattr(run.model, name) for name in ("dtype", "remat")}
         changes = {name: value for name, value in given.items() if value != getattr(ModelConfig, name)}
