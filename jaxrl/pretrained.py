@@ -31,7 +31,7 @@ MAX_TOKENS = 256
 
 
 def load_pretrained(where: str | Path, *, tokenizer: str = "", **changes) -> Model:
-    """Opens a published model of the Llama family (Llama, Mistral, Qwen2, Qwen3, SmolLM2).
+    """Opens a published decoder: Llama, Mistral, Qwen2, Qwen3, SmolLM2, GPT-2, Mixtral, Qwen-MoE, DeepSeek-V2, V3.
 
     Args:
       where: a folder with config.json, *.safetensors, tokenizer.json and tokenizer_config.json; a .gguf file; or a

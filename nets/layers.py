@@ -136,6 +136,7 @@ ACTIVATIONS: dict[str, Callable] = {
     "silu": nn.silu,
     "gelu": partial(nn.gelu, approximate=False),
     "gelu_tanh": partial(nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
     "relu": nn.relu,
 }
 

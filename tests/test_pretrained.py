@@ -122,7 +122,7 @@ def spoil(folder, how):
     elif how == "broken config":
         (folder / "config.json").write_text("{")
     elif how == "architecture":
-        (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": "t5"}))
     elif how == "key":
         del config["intermediate_size"]
         (folder / "config.json").write_text(json.dumps(config))
@@ -144,7 +144,7 @@ def spoil(folder, how):
     [
         ("config", "holds no config.json, which says what network"),
         ("broken config", "config.json is not JSON"),
-        ("architecture", "config.json: model_type is 'gpt2', expected one of llama, mistral, qwen2, qwen3"),
+        ("architecture", "config.json: model_type is 't5', expected one of llama, mistral, qwen2, qwen3"),
         ("key", "config.json: no 'intermediate_size' in it"),
         ("shape", "does not fit the config(?s:.)*missing model.layers.1(?s:.)*gate_proj.weight has shape .16, 16"),
         ("vocabulary", "has 260 tokens, but the model of .* knows 200"),
@@ -476,3 +476,17 @@ def test_smollm2_learns(smollm2):
         state, metrics = step(state, data)
         losses.append(float(metrics["train/loss"]))
     assert np.isfinite(losses).all() and losses[-1] < 0.7 * losses[0], losses
+
+
+def test_gpt2_goes_out_and_comes_in(tmp_path):
+    from jaxrl.nets import encoder_presets
+
+    config = presets.shrunk(encoder_presets.GPT2_SIZES["gpt2"], 259, width=16, heads=2, ffn=64, max_length=32)
+    model = language_model(config)
+    saved = runs.Model(
+        model, jax.jit(model.init)(jax.random.key(0)), ByteTokenizer(), config, marker="", max_tokens=8, example=""
+    )
+    pretrained.save_pretrained(saved, tmp_path / "gpt2")
+    again = pretrained.load_pretrained(tmp_path / "gpt2")
+    assert again.transformer == config
+    jax.tree.map(np.testing.assert_array_equal, saved.params, again.params)

@@ -181,14 +181,13 @@ def pack(config: PackedViTConfig, images: Sequence[jax.Array], length: int | Non
 
 
 def segments(config: PackedViTConfig, patches: Patches) -> tuple[jax.Array, jax.Array]:
-    """Ids of the frame and of the window that each patch is in, [B, N] each, 0 on padding: who attends to whom."""
+    """Ids of the frame and of the window that a patch is in, [B, N] each: who attends to whom. Padding is a frame."""
     frame, row, column = jnp.moveaxis(patches.places, -1, 0)
     begins = (jnp.diff(patches.images, axis=1) != 0) | (jnp.diff(frame, axis=1) != 0)
     frames = 1 + jnp.cumsum(jnp.pad(begins, ((0, 0), (1, 0))).astype(jnp.int32), axis=1)
     side = (config.window or config.patch) // config.patch
     windows = (frames * MOST_WINDOWS + row // side) * MOST_WINDOWS + column // side
-    real = patches.images > 0
-    return jnp.where(real, frames, 0), jnp.where(real, windows, 0)
+    return frames, windows
 
 
 def rotation(config: PackedViTConfig, places: jax.Array) -> tuple[jax.Array, jax.Array]:

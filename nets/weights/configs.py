@@ -43,9 +43,13 @@ def from_hugging_face(config: Mapping[str, Any], **changes) -> TransformerConfig
     kind = config.get("model_type")
     if kind not in CLASSES:
         raise ValueError(f"model_type is {kind!r}, expected one of {', '.join(CLASSES)}")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "an unnamed method")
-        raise ValueError(f"the weights are quantised ({method}); expected plain floats, or a GGUF file")
+    quantised = config.get("quantization_config") or {}
+    blocks = quantised.get("quant_method") == "fp8" and quantised.get("weight_block_size") == [128, 128]
+    if quantised and not blocks:  # FP8 in blocks is turned into floats where it is read
+        method = quantised.get("quant_method", "an unnamed method")
+        raise ValueError(
+            f"the weights are quantised ({method}); expected plain floats, FP8 in blocks of 128 x 128, or a GGUF file"
+        )
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act is {config['hidden_act']!r}, expected 'silu': the layers are SwiGLU")
     if kind not in ("qwen2", "qwen2_moe") and (config.get("attention_bias") or config.get("mlp_bias")):

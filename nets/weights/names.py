@@ -129,7 +129,8 @@ def from_checkpoint(config: TransformerConfig, tensors: Mapping[str, Any]) -> di
     Args:
       config: the network; decides which tensors must be there.
       tensors: checkpoint name -> array, or `Stored` in a file: one at a time is read and converted. With tied
-        embeddings a repeated `lm_head.weight` is ignored, and so are tables of rotary frequencies.
+        embeddings a repeated `lm_head.weight` is ignored, and so are tables of rotary frequencies and, of
+        DeepSeek-V3, the modules behind the layers, which `weights.deepseek` reads.
 
     Returns:
       The nested dict of `jaxrl.nets.transformer.Transformer`, numpy arrays in `config.param_dtype`.
@@ -138,6 +139,9 @@ def from_checkpoint(config: TransformerConfig, tensors: Mapping[str, Any]) -> di
       ValueError: every missing, unused and wrongly shaped tensor, in one message.
     """
     ignored = (*IGNORED, "lm_head.weight") if config.tie_embeddings else IGNORED
+    if model_type(config) == "deepseek_v3":
+        behind = f"model.layers.{config.layers}."
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(behind)}
     return maps.from_checkpoint(names(config), shapes(config), tensors, ignored=ignored, param_dtype=config.param_dtype)
 
 

@@ -1,0 +1,394 @@
+"""Vision-language networks against torch, through the values that tests/golden/make_vision_language.py stored."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrl.nets.language_model import logits
+from jaxrl.nets.vision import packed
+from jaxrl.nets.vision.layers import bicubic
+from jaxrl.nets.vision.packed import PackedViT, PackedViTConfig, Patches, pack, patchify, smart_resize
+from jaxrl.nets.vision_language import (
+    SIZES,
+    VisionLanguageConfig,
+    features,
+    image_ids,
+    mrope_positions,
+    with_images,
+)
+from jaxrl.nets.weights import vision_language as weights
+from jaxrl.posttrain import grpo, preference, sft
+from jaxrl.posttrain.rollout import Sampling
+from jaxrl.posttrain.score import log_probs_of
+from jaxrl.types import Pairs, Prompts, TokenBatch
+from tests.nets.vision_cases import close, golden, random_params
+
+TINY = SIZES["tiny"]
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile
+quick = functools.partial(jax.jit, compiler_options=QUICK)
+IMAGE = 38  # the placeholder of the golden files
+CASES = [("qwen2_vl", "images"), ("qwen2_vl", "video"), ("qwen25_vl", "large"), ("kimi_vl", "images")]
+COUNTS = {  # of transformers' classes
+    "qwen2_vl_2b": 2_208_985_600,
+    "qwen2_vl_7b": 8_291_375_616,
+    "qwen2_vl_72b": 73_405_560_320,
+    "qwen25_vl_3b": 3_754_622_976,
+    "qwen25_vl_7b": 8_292_166_656,
+}
+MOONVIT = 447_545_840  # tower and projector
+
+
+def places_of(grid, merge=2):
+    """Places of an image's patches in merged order, written out."""
+    frames, height, width = grid
+    block = [(r, c) for r in range(merge) for c in range(merge)]
+    blocks = [(r, c) for r in range(height // merge) for c in range(width // merge)]
+    return [(t, R * merge + r, C * merge + c) for t in range(frames) for R, C in blocks for r, c in block]
+
+
+def bank_of(config, case):
+    """The images of a case as `Patches`, a row for each row of tokens."""
+    rows, at = {}, 0
+    for row, grid in zip(case["rows"], case["grids"], strict=True):
+        count = int(np.prod(grid))
+        values, places = case["pixels"][at : at + count], np.array(places_of(grid, config.vision.merge))
+        if config.vision.grid:  # stored row by row
+            values = values[places[:, 1] * grid[2] + places[:, 2]]
+        rows.setdefault(int(row), []).append((values, places, np.tile(grid, (count, 1))))
+        at += count
+    longest = max(sum(len(values) for values, *_ in row) for row in rows.values())
+
+    def padded(parts):
+        parts = np.concatenate(parts)
+        return np.pad(parts, [(0, longest - len(parts)), *[(0, 0)] * (parts.ndim - 1)])
+
+    each = [
+        [
+            *(padded([image[i] for image in row]) for i in range(3)),
+            padded([np.full(len(image[0]), number) for number, image in enumerate(row, 1)]),
+        ]
+        for row in rows.values()
+    ]
+    return Patches(*(jnp.asarray(np.stack(arrays)) for arrays in zip(*each, strict=True)))
+
+
+@functools.cache
+def torch_case(file, name):
+    """(config, params, arrays, bank, ids)."""
+    tensors, cases = golden(file)
+    case = cases[name]
+    config = weights.from_hugging_face(json.loads(str(case["config"])))
+    params = jax.tree.map(jnp.asarray, weights.from_checkpoint(config, tensors))
+    bank = bank_of(config, case)
+    ids = case["ids"].copy()
+    ids[ids == IMAGE] = np.concatenate([i for row in image_ids(config, bank) for i in row])
+    return config, params, case, bank, jnp.asarray(ids)
+
+
+@pytest.mark.parametrize(("file", "name"), CASES)
+def test_features_and_logits_equal_those_of_torch(file, name):
+    config, params, case, bank, ids = torch_case(file, name)
+    model = with_images(config, bank, per_row=1 if name == "images" else None)
+
+    @quick
+    def run(params):
+        hidden, _ = model.apply(params, ids)
+        found = PackedViT(config.vision).apply({"params": params["vision"]}, bank)
+        return found, logits(hidden, model.unembedding(params))
+
+    found, scores = run(params)
+    real = np.asarray(bank.images)[:, :: config.vision.merge**2] > 0
+    close(np.asarray(found)[real], case["features"])
+    close(scores, case["logits"])
+
+
+@pytest.mark.parametrize(("file", "name"), [pair for pair in CASES if pair[0] != "kimi_vl"])
+def test_positions_equal_those_of_torch(file, name):
+    config, _, case, bank, ids = torch_case(file, name)
+    of = functools.partial(mrope_positions, ids, features(config.vision, bank), vocab_size=40)
+    np.testing.assert_array_equal(of(), case["positions"])
+    assert (case["positions"][1] != case["positions"][2]).any()
+    ending = of(from_end=True)
+    shift = np.asarray(ending - case["positions"])
+    assert (shift == shift[:1, :, :1]).all() and (ending[:, :, -1] == ids.shape[1] - 1).all()
+
+
+def test_loss_and_gradients_equal_those_of_torch():
+    config, params, case, bank, ids = torch_case("qwen2_vl", "images")
+    config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, remat=True))
+    model = with_images(config, bank)
+    batch = TokenBatch(ids, (ids < 40).astype(jnp.float32))
+
+    def loss(params):
+        value, _ = sft.loss(model, params, batch)
+        return value.total / value.weight
+
+    value, gradient = quick(jax.value_and_grad(loss))(params)
+    np.testing.assert_allclose(value, case["loss"], rtol=1e-5)
+    theirs = {k.removeprefix("grad/"): v for k, v in case.items() if k.startswith("grad/")}
+    ours = weights.to_checkpoint(config, gradient)
+    assert ours.keys() == theirs.keys()
+    scale = max(np.abs(want).max() for want in theirs.values())
+    for name, want in theirs.items():
+        np.testing.assert_allclose(ours[name], want, rtol=1e-3, atol=1e-5 * scale, err_msg=name)
+
+
+@pytest.mark.parametrize(("file", "name"), [CASES[0], *CASES[2:]])
+def test_checkpoint_round_trip_is_exact(file, name):
+    config, params, *_ = torch_case(file, name)
+    tensors, _ = golden(file)
+    again = weights.to_checkpoint(config, params)
+    named = {}
+    for name, value in tensors.items():
+        found = next((k for k in weights.RENAMED if name.startswith(k)), None)
+        named[name if found is None else weights.RENAMED[found] + name.removeprefix(found)] = value
+    assert again.keys() == named.keys()
+    for name, value in named.items():
+        np.testing.assert_array_equal(again[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_published_sizes_have_as_many_parameters_as_published(name):
+    assert sum(np.prod(shape, dtype=int) for shape in weights.shapes(SIZES[name]).values()) == COUNTS[name]
+
+
+def test_moonvit_has_as_many_parameters_as_published():
+    found = weights.shapes(SIZES["kimi_vl_a3b"])
+    tower = {path: shape for path, shape in found.items() if path.startswith("vision/")}
+    assert sum(np.prod(shape, dtype=int) for shape in tower.values()) == MOONVIT
+
+
+def test_published_config_files_are_read():
+    """Flat, as Qwen wrote them, and Kimi's."""
+    flat = {
+        "model_type": "qwen2_vl", "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960,
+        "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2, "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": True, "use_sliding_window": False,
+        "sliding_window": 32768, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "vision_config": {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "in_chans": 3,
+                          "hidden_size": 1536, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2},
+    }  # fmt: skip
+    assert weights.from_hugging_face(flat) == SIZES["qwen2_vl_2b"]
+    assert weights.from_hugging_face(flat, dtype="bfloat16").text.dtype == "bfloat16"
+    with pytest.raises(ValueError, match="model_type is 'llava'"):
+        weights.from_hugging_face({"model_type": "llava"})
+
+
+def images_of(seed, *sizes):
+    keys = jax.random.split(jax.random.key(seed), len(sizes))
+    return [jax.random.normal(key, (height, width, 3)) for key, (height, width) in zip(keys, sizes, strict=True)]
+
+
+def rows_of(config, images, length):
+    packed = [pack(config, [image], length) for image in images]
+    return jax.tree.map(lambda *rows: jnp.concatenate(rows), *packed)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"window": 16, "full_layers": (1,)},
+        {"grid": (5, 3), "rope": "alternating", "final_norm": True},
+        {"merge": 1, "frames": 2, "patch_bias": True, "norm": "rms", "gated": True, "activation": "silu"},
+    ],
+    ids=["plain", "windows", "grid", "other"],
+)
+def test_packed_images_are_as_if_each_were_alone(options):
+    """On mixed sizes, with padding whose values are noise, in any order: features to 1e-5."""
+    config = dataclasses.replace(TINY.vision, **options)
+    images = images_of(0, (16, 24), (8, 8), (40, 8), (24, 32))
+    sizes = [image.shape[0] * image.shape[1] // config.side**2 for image in images]
+    params = random_params(PackedViT(config), pack(config, images))
+    length = 160
+    together = pack(config, images, length)
+    noise = jnp.where((together.images == 0)[..., None], 7.0, together.values)
+    rows = (rows_of(config, images, length), together._replace(values=noise), pack(config, images[::-1], length))
+    rows = jax.tree.map(lambda *rows: jnp.concatenate(rows), *rows)
+    *alone, whole, backwards = np.asarray(quick(PackedViT(config).apply)({"params": params}, rows))
+    at = 0
+    for row, size in zip(alone, sizes, strict=True):
+        close(whole[at : at + size], row[:size])
+        at += size
+    close(backwards[: sizes[-1]], alone[-1][: sizes[-1]])
+
+
+def test_patches_lie_as_written_out():
+    config = dataclasses.replace(TINY.vision, frames=2)
+    video = jax.random.normal(jax.random.key(0), (4, 16, 24, 3))
+    values, places = patchify(config, video)
+    np.testing.assert_array_equal(places, places_of((2, 4, 6)))
+    for value, (t, r, c) in zip(values, places, strict=True):
+        part = video[2 * t : 2 * t + 2, 4 * r : 4 * r + 4, 4 * c : 4 * c + 4]
+        np.testing.assert_array_equal(value, part.transpose(3, 0, 1, 2).reshape(-1))
+    image = patchify(config, video[0])[0]
+    np.testing.assert_array_equal(image, patchify(config, jnp.stack([video[0], video[0]]))[0])
+
+
+def test_learned_positions_are_resampled_as_one_image_would_be():
+    config = dataclasses.replace(TINY.vision, grid=(5, 3))
+    table = jax.random.normal(jax.random.key(0), (5, 3, 8))
+    patches = pack(config, images_of(0, (16, 24), (40, 16)))
+    found = quick(packed.resampled)(table, patches)[0]
+    rows, columns = patches.places[0, :, 1], patches.places[0, :, 2]
+    close(found[:24], quick(bicubic, static_argnums=1)(table, (4, 6))[rows[:24], columns[:24]])
+    close(found[24:], quick(bicubic, static_argnums=1)(table, (10, 4))[rows[24:], columns[24:]])
+
+
+def test_a_change_outside_the_window_is_not_seen_before_a_full_layer():
+    config = dataclasses.replace(TINY.vision, layers=1, window=8)
+    image = images_of(0, (16, 16))[0]
+    params = random_params(PackedViT(config), pack(config, [image]))
+    both = rows_of(config, [image, image.at[0, 0].add(1.0)], 16)
+    change = lambda config: np.abs(np.subtract(*quick(PackedViT(config).apply)({"params": params}, both))).max(-1)
+    near, far = change(config), change(dataclasses.replace(config, full_layers=(0,)))
+    assert near[0] > 1e-3 and (near[1:] == 0).all() and (far > 1e-6).all()
+
+
+def test_sizes_of_resized_images():
+    assert smart_resize(1080, 1920) == (728, 1316)
+    assert smart_resize(28, 28) == (56, 56)
+    assert smart_resize(5, 627) == (28, 644)
+    assert smart_resize(4000, 3000) == (1148, 840)
+    assert smart_resize(300, 410) == (308, 420)
+    with pytest.raises(ValueError, match="too long"):
+        smart_resize(1, 300)
+
+
+ROWS = pack(TINY.vision, images_of(1, (16, 24)), 32), pack(TINY.vision, images_of(2, (8, 8), (16, 16)), 32)
+BANK = Patches(*(jnp.concatenate(arrays) for arrays in zip(*ROWS, strict=True)))
+MODEL = with_images(TINY, BANK)
+(FIRST,), (SMALL, SQUARE) = image_ids(TINY, BANK)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return quick(MODEL.init)(jax.random.key(0))
+
+
+def test_packed_rows_are_as_if_each_example_were_alone(params):
+    """Three images in the two examples of a row."""
+    one, two = [3, *FIRST, 4, 5], [6, *SMALL, 7, *SQUARE, 8, 9]
+    width, n = len(one) + len(two), len(one) - 1
+    rows = [one + two, one + [0] * len(two), two + [0] * len(one)]
+    segments = [[1] * len(one) + [2] * len(two), [1] * width, [1] * width]
+    batch = TokenBatch(jnp.asarray(rows), jnp.ones((3, width)), jnp.asarray(segments))
+    model = with_images(TINY, BANK, per_row=2)
+    whole, first, second = quick(lambda params: log_probs_of(model, params, batch)[0])(params)
+    words = np.asarray(rows[0][1:]) < 64
+    np.testing.assert_allclose(whole[:n], first[:n], atol=1e-5)
+    np.testing.assert_allclose(whole[n + 1 :], second[: len(two) - 1], atol=1e-5)
+    assert (whole[~words] == 0).all() and (whole[words] < 0).all()
+    lonely = quick(MODEL.apply)(params, batch.tokens[:1])[0]
+    assert jnp.isnan(lonely[0, -1]).all()  # a second row of the bank, which per_row=1 has no place for
+
+
+def counted(example, *, from_end):
+    """Positions [3, n] of one example, word by word and feature by feature."""
+    of = {}
+    for ids, width in ((FIRST, 3), (SMALL, 1), (SQUARE, 2)):
+        of |= {int(i): divmod(n, width) for n, i in enumerate(ids)}
+    found, start, largest = [], 0, -1
+    for token in map(int, example):
+        if token not in of:
+            found.append((largest + 1,) * 3)
+        else:
+            start = largest + 1 if of[token] == (0, 0) else start
+            found.append((start, start + of[token][0], start + of[token][1]))
+        ends = token in of and of.get(token + 1, (0, 0)) == (0, 0)
+        largest = max(max(x) for x in found) if ends or token not in of else largest
+    return np.array(found).T + (len(example) - 1 - largest) * from_end
+
+
+@pytest.mark.parametrize("from_end", [False, True])
+def test_positions_of_packed_and_padded_rows_are_as_counted(from_end):
+    """Examples begin anew, wherever in the row they stand; padding on the left is 0."""
+    examples = [3, *FIRST, 4, 5], [6, *SMALL, 7, *SQUARE, 8, 9], [3, 4, *SQUARE, 5]
+    row = jnp.asarray([[0, 0, *examples[0], *examples[1], *examples[2]]])
+    plain = jnp.asarray([[0, 0, *(i for example in examples for i in range(len(example)))]])
+    of = features(TINY.vision, BANK)
+    got = np.asarray(mrope_positions(row, of, vocab_size=64, positions=plain, from_end=from_end))[:, 0]
+    want = [counted(example, from_end=from_end) for example in examples]
+    np.testing.assert_array_equal(got, np.concatenate([np.zeros((3, 2), int), *want], axis=1))
+
+
+PROMPTS = Prompts(jnp.asarray([[0, 3, *FIRST, 4], [3, *SMALL, 5, *SQUARE, 4, 6]]), jnp.asarray([8, 9]))
+
+
+def moved(old, new, *path):
+    """How far a parameter went."""
+    for name in path:
+        old, new = old[name], new[name]
+    return float(jnp.abs(new - old).max())
+
+
+TOKENS = jnp.asarray([[3, *FIRST, 4, 10, 1], [3, *SMALL, 5, *SQUARE, 4, 11, 1][-10:]])
+LEARNT = TokenBatch(TOKENS, jnp.zeros(TOKENS.shape).at[:, -2:].set(1.0))
+
+
+def test_sft_learns_from_images(params):
+    """The loop as it is: the loss falls, and the tower learns with the decoder."""
+    recipe = sft.make(sft.SFTConfig(batch=2), MODEL, optax.adam(3e-3))
+    state, losses = quick(recipe.init)(jax.random.key(0), params), []
+    step = quick(recipe.step)
+    for _ in range(5):
+        state, metrics = step(state, LEARNT)
+        losses.append(float(metrics["train/loss"]))
+    assert losses[-1] < losses[0] - 0.5
+    assert moved(params, state.params, "vision", "patches", "kernel") > 1e-3
+
+
+@pytest.mark.slow
+def test_dpo_learns_from_images(params):
+    recipe = preference.make(preference.DPOConfig(variant="simpo", batch=2), MODEL, optax.sgd(0.1))
+    pairs = preference.Referenced(Pairs(LEARNT, TokenBatch(TOKENS.at[:, 8].add(1), LEARNT.loss_mask)))
+    state, metrics = quick(recipe.step)(recipe.init(jax.random.key(0), params), pairs)
+    assert jnp.isfinite(metrics["train/loss"])
+    assert moved(params, state.params, "vision", "merger", "down", "kernel") > 0
+
+
+def test_grpo_learns_from_images(params):
+    """The prompt's images are seen from a cache as in the trainer's one pass, though text is counted from the end."""
+    config = grpo.GRPOConfig(prompts=2, group=4, kl_coef=0.0, sampling=Sampling(max_tokens=4))
+    run = grpo.make(config, MODEL, optax.sgd(0.1), eos_id=1, pad_id=0)
+    reward = lambda completions, answers: (completions.completions[:, 0] % 2 == 0) + 0.0 * answers
+    one = quick(grpo.fused(run, reward, config))
+    after, metrics = one(run.init(jax.random.key(1), params), grpo.Problems(PROMPTS, jnp.zeros(2)))
+    assert metrics["sampler/log_prob_gap"] < 1e-5 and metrics["train/grad_norm"] > 0
+    assert moved(params, after.params, "vision", "merger", "down", "kernel") > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heads": 3}, "not a multiple of 4 x heads 3"),
+        ({"rope": "both"}, "rope is 'both'"),
+        ({"window": 12}, "window 12 is not a multiple of patch x merge = 8"),
+        ({"full_layers": (2,)}, "outside 0..1"),
+    ],
+)
+def test_bad_configs_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY.vision, **options)
+
+
+def test_bad_inputs_are_refused():
+    config = TINY.vision
+    with pytest.raises(ValueError, match="multiple of 1 frames.*= 8 pixels"):
+        patchify(config, jnp.zeros((16, 12, 3)))
+    with pytest.raises(ValueError, match="expected floats"):
+        patchify(config, jnp.zeros((16, 16, 3), jnp.uint8))
+    with pytest.raises(ValueError, match="length is 8, expected a multiple of merge.2 = 4, at least the 16 patches"):
+        pack(config, [jnp.zeros((16, 16, 3))], 8)
+    with pytest.raises(ValueError, match=r"expected \[B, N, 48\]"):
+        PackedViT(config).init(jax.random.key(0), BANK._replace(values=jnp.zeros((2, 32, 5))))
+    with pytest.raises(ValueError, match="tower's out is 16"):
+        VisionLanguageConfig(TINY.text, PackedViTConfig(32, 2, 2, 64, 16))
+    with pytest.raises(ValueError, match="must be 3"):
+        VisionLanguageConfig(dataclasses.replace(TINY.text, rope_sections=(2, 2)), config)
