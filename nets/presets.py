@@ -47,12 +47,9 @@ def shrunk(
     sizes = {"vocab_size": vocab_size, "width": width, "layers": layers, "heads": heads, "ffn": ffn, "head_dim": None}
     fields: dict[str, Any] = {**sizes, "max_length": max_length, "kv_heads": max(heads * c.kv_heads // c.heads, 1)}
     if c.experts:
-        own = max(ffn // 4, 1)
-        fields["experts"] = replace(
-            c.experts, experts=min(c.experts.experts, 8), top_k=min(c.experts.top_k, 2), ffn=own,
-            shared=own * (c.experts.shared > 0), first_dense=min(c.experts.first_dense, 1), groups=min(c.experts.groups, 2),
-            top_groups=min(c.experts.top_groups, 2), aux_choices=None,
-        )  # fmt: skip
+        own, most = max(ffn // 4, 1), {"experts": 8, "top_k": 2, "first_dense": 1, "groups": 2, "top_groups": 2}
+        fewer: dict[str, Any] = {name: min(getattr(c.experts, name), limit) for name, limit in most.items()}
+        fields["experts"] = replace(c.experts, **fewer, ffn=own, shared=own * (c.experts.shared > 0), aux_choices=None)
     if c.latent:
         q_rank = None if c.latent.q_rank is None else width // 2
         fields["latent"] = LatentConfig(width // 2, head, max(head // 4 * 2, 2), head, q_rank)

@@ -4,9 +4,8 @@ Pixel i covers [i, i + 1) and its middle is i + 1/2, in a picture of any size. A
 middle, and a place comes back as the pixel that it lies in. All is done in whole numbers.
 """
 
-import math
-
 from jaxrl.gui.actions import Point
+from jaxrl.nets.vision import packed
 
 Size = tuple[int, int]
 """(width, height) in pixels."""
@@ -32,15 +31,9 @@ def smart_resize(size: Size, *, factor: int = 28, min_pixels: int = 56 * 56, max
     """
     if min(size) < 1 or max(size) > 200 * min(size):
         raise ValueError(f"a screen of {size[0]} x {size[1]}: expected sides of 1 or more, neither 200 times the other")
-    nearest = tuple(round(side / factor) * factor for side in size)
-    area = math.prod(size)
-    if math.prod(nearest) > max_pixels:
-        scale = math.sqrt(area / max_pixels)
-        nearest = tuple(max(factor, math.floor(side / scale / factor) * factor) for side in size)
-    elif math.prod(nearest) < min_pixels:
-        scale = math.sqrt(min_pixels / area)
-        nearest = tuple(math.ceil(side * scale / factor) * factor for side in size)
-    return nearest[0], nearest[1]
+    limits = {"factor": factor, "min_pixels": min_pixels, "max_pixels": max_pixels}
+    height, width = packed.smart_resize(size[1], size[0], **limits)
+    return width, height
 
 
 def rescale(point: Point, source: Size, target: Size) -> Point:

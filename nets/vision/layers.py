@@ -126,16 +126,22 @@ def bicubic(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     return jnp.einsum("ia,jb,ab...->ij...", rows, columns, x)
 
 
-def _cubic(old: int, new: int, a: float = -0.75) -> np.ndarray:
+def cubic_weight(distance: Any, a: float = -0.75) -> Any:
+    """Keys' kernel at distances of 0 to 2 pixels, for numpy and JAX arrays."""
+    s = distance
+    near = ((a + 2) * s - (a + 3)) * s * s + 1
+    far = ((a * s - 5 * a) * s + 8 * a) * s - 4 * a
+    return (s <= 1) * near + (s > 1) * far
+
+
+def _cubic(old: int, new: int) -> np.ndarray:
     """Weights [new, old] of one axis."""
     place = (np.arange(new) + 0.5) * old / new - 0.5
     first = np.floor(place).astype(int)
     weights = np.zeros((new, old))
     for tap in range(-1, 3):
-        s = np.abs(place - first - tap)
-        near = ((a + 2) * s - (a + 3)) * s * s + 1
-        far = ((a * s - 5 * a) * s + 8 * a) * s - 4 * a
-        np.add.at(weights, (np.arange(new), np.clip(first + tap, 0, old - 1)), np.where(s <= 1, near, far))
+        weight = cubic_weight(np.abs(place - first - tap))
+        np.add.at(weights, (np.arange(new), np.clip(first + tap, 0, old - 1)), weight)
     return weights
 
 

@@ -20,6 +20,7 @@ from jaxrl.nets.config import TransformerConfig
 from jaxrl.nets.layers import Linear, make_norm, normal
 from jaxrl.nets.rope import frequencies
 from jaxrl.nets.transformer import Block
+from jaxrl.nets.vision.layers import cubic_weight
 
 MOST_WINDOWS = 256  # along an axis of an image
 
@@ -202,14 +203,12 @@ def rotation(config: PackedViTConfig, places: jax.Array) -> tuple[jax.Array, jax
 
 def cubic(place: jax.Array, size: jax.Array, old: int) -> tuple[jax.Array, jax.Array]:
     """Four taps and weights, [..., 4] each, of places on an axis of `size` in one of `old`: `vision.layers.bicubic`."""
-    a, taps = -0.75, jnp.arange(-1, 3)
+    taps = jnp.arange(-1, 3)
     source = (place + 0.5) * old / size - 0.5
     first = jnp.floor(source)
     s = jnp.abs((source - first)[..., None] - jnp.broadcast_to(taps, (*source.shape, 4)))
-    near = ((a + 2) * s - (a + 3)) * s * s + 1
-    far = ((a * s - 5 * a) * s + 8 * a) * s - 4 * a
     index = first.astype(jnp.int32)[..., None] + jnp.broadcast_to(taps, s.shape)
-    return jnp.clip(index, 0, old - 1), jnp.where(s <= 1, near, far)
+    return jnp.clip(index, 0, old - 1), cubic_weight(s)
 
 
 def resampled(table: jax.Array, patches: Patches) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Every language network through SFT, DPO and GRPO as they are: the trainer scores what the sampler drew, and learns."""
+"""Every language network through SFT, DPO and GRPO as they are; the trainer scores what the sampler drew."""
 
 import functools
 
