@@ -95,7 +95,7 @@ class Nets:
     name: Annotated[str, Positional] = ""
     """One of them: its choices and its parameters by part."""
     family: str = ""
-    """Only those of one family, such as decoders or vision."""
+    """Only those of one family, such as decoder or vision."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,7 +84,12 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
 
 
-_TAKES = {"--resume": "a run folder", "--env": "an environment", "--config": "the path of a TOML file"}
+_TAKES = {
+    "--resume": "a run folder",
+    "--out": "a run folder",
+    "--env": "an environment",
+    "--config": "the path of a TOML file",
+}
 
 
 def take(argv: list[str], flag: str) -> tuple[str | None, list[str]]:

@@ -127,6 +127,17 @@ class TransformerConfig:
             )
         if self.latent and self.linear and self.linear.rotary:
             raise ValueError("latent and linear layers turn different numbers of a head: give linear.rotary=False")
+        if self.latent and (self.bias or self.qkv_bias):
+            raise ValueError("latent attention with bias or qkv_bias: its matrices have none")
+        if self.experts and (not self.gated or self.activation != "silu" or self.bias):
+            raise ValueError(
+                f"experts with gated {self.gated}, activation {self.activation!r} and bias {self.bias}: they are "
+                "SwiGLU layers without biases"
+            )
+        if not self.latent and getattr(self.rope_scaling, "mscale_all_dim", 0.0):
+            raise ValueError("rope_scaling.mscale_all_dim is of latent attention's scores; expected 0 without latent")
+        if any(self.kinds[i].linear for i in self.window_layers or ()):
+            raise ValueError(f"window_layers {self.window_layers} names linear layers, which have no window")
         if self.rope_sections and sum(self.rope_sections) != self.rotated // 2:
             raise ValueError(f"rope_sections {self.rope_sections} must sum to half of the {self.rotated} that turn")
         if self.share_layers and self.experts:

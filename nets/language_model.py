@@ -102,7 +102,8 @@ def from_nnx(make: Callable, unembedding: Callable, init_cache: Callable) -> Lan
     def init(key):
         return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(key)), nnx.Param))
 
-    def apply(params, tokens, *, positions=None, mask=Causal(), cache=None):  # noqa: B008  (immutable)
+    def apply(params, tokens, *, positions=None, mask=None, cache=None):
+        mask = Causal() if mask is None else mask
         return nnx.merge(graph, params)(tokens, positions=positions, mask=mask, cache=cache)
 
     return LanguageModel(init, apply, unembedding, init_cache)

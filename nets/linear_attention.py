@@ -60,7 +60,7 @@ class LinearConfig:
     random: int = 256  # features of the random maps
     orthogonal: bool = True  # their directions, in blocks of head_dim; False: independent ones
     row_norms: Literal["chi", "sqrt"] = "chi"  # lengths of orthogonal directions: those of normal vectors, or sqrt(Dh)
-    eps: float = 1e-6  # beside the sum of weights, and in the norm
+    eps: float | None = None  # beside the sum of weights, and in the norm; None: 1e-6, of "performer" 1e-12
     implementation: Literal["chunked", "recurrent"] | None = None  # of `kernels.linear_attention`; None: its choice
 
     def __post_init__(self):
@@ -74,6 +74,11 @@ class LinearConfig:
             )
         if self.random < 1:
             raise ValueError(f"linear.random is {self.random}, expected at least one feature")
+
+    @property
+    def own_eps(self) -> float:
+        """eps as a number: positive features may be tiny."""
+        return (1e-12 if self.features == "performer" else 1e-6) if self.eps is None else self.eps
 
     def state(self, heads: int, kv_heads: int, head_dim: int) -> tuple[int, int, int]:
         """Shape of one row's state: heads, features of a key, numbers of a value (and of the sum of weights)."""
@@ -109,9 +114,9 @@ def positive_features(x: jax.Array, w: jax.Array, *, largest: bool = False) -> j
     Args:
       x: [..., Dh].
       w: [m, Dh].
-      largest: divide each vector by its largest feature, which a ratio does not notice: for queries. Keys keep their
-        scale, so that no key knows of another and causality is strict; exp(|w|^2 / 2) bounds a feature, and float32
-        holds that up to heads of about 128.
+      largest: divide each vector by its largest feature, which a ratio notices by its eps alone: for queries. Keys keep
+        their scale, so that no key knows of another and causality is strict; exp(|w|^2 / 2) bounds a feature, and
+        float32 holds that up to heads of about 128.
 
     Returns:
       [..., m] float32.
@@ -239,7 +244,7 @@ class LinearAttention(Attention):
             mask.check((b, self.heads, t, t), 0)
         causal, starts = documents(mask, b, t, offset)
         y: Any
-        options: dict[str, Any] = {"normalise": c.normalise, "eps": c.eps}
+        options: dict[str, Any] = {"normalise": c.normalise, "eps": c.own_eps}
         if not causal and (slot is not None or c.decay != "none"):
             raise ValueError(
                 f"linear attention with decay {c.decay!r} and {'no' if slot is None else 'a'} cache got a mask without "
@@ -278,7 +283,7 @@ class LinearAttention(Attention):
         c, whole = self.linear, (*x.shape[:2], self.heads * self.head_dim)
         y = y if c.norm == "heads" else y.reshape(whole)
         if c.norm != "none":
-            y = RMSNorm(c.eps, **types, name="out_norm")(y)
+            y = RMSNorm(c.own_eps, **types, name="out_norm")(y)
         y = y.reshape(whole)
         if c.gate != "none":
             y = MAPS[c.gate](Linear(whole[2], **types, name="gate")(x)) * y

@@ -30,7 +30,7 @@ from jaxrl.nets.config import TransformerConfig
 from jaxrl.nets.language_model import LanguageModel, language_model
 from jaxrl.nets.layers import Linear, make_norm
 from jaxrl.nets.moe import experts
-from jaxrl.nets.transformer import Block, rotations
+from jaxrl.nets.transformer import Block, rotations, windowed
 
 NAME = "multi_token"
 """Of the modules' parameters, beside the Transformer's."""
@@ -60,7 +60,9 @@ class MultiTokenModule(nn.Module):
         both = jnp.concatenate([norm("enorm")(embeddings), norm("hnorm")(hidden)], axis=-1)
         x = Linear(c.width, **types, name="eh_proj")(both)
         block = Block(c, self.attend, self.experts, name="layers")
-        carry, _ = block((x, keys, values), jnp.int32(0), None, cos, sin, mask, length)
+        near = windowed(c)
+        near = None if near is None else near[-1]
+        carry, _ = block((x, keys, values), jnp.int32(0), near, cos, sin, mask, length)
         return carry, norm("norm")(carry[0])
 
 

@@ -356,7 +356,8 @@ def recurrent_language_model(config: RecurrentConfig) -> LanguageModel:
         tokens = jnp.zeros((1, 1), jnp.int32)
         return model.init(key, tokens, tokens == 0, init_cache(1, 1).k)["params"]
 
-    def apply(params, tokens, *, positions=None, mask=Causal(), cache=None):  # noqa: B008  (immutable)
+    def apply(params, tokens, *, positions=None, mask=None, cache=None):
+        mask = Causal() if mask is None else mask
         if tokens.ndim != 2:
             raise ValueError(f"tokens have shape {tokens.shape}, expected [B, T]: one sequence is tokens[None]")
         memory = init_cache(len(tokens), 0) if cache is None else cache

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrl.kernels.attention import Causal
 from jaxrl.nets.language_model import LanguageModel
 
 
@@ -28,7 +27,7 @@ def scalar_model(model: LanguageModel) -> ScalarModel:
     def init(key):
         return with_head(model, model.init(key))
 
-    def apply(params, tokens, *, positions=None, mask=Causal()):  # noqa: B008  (immutable)
+    def apply(params, tokens, *, positions=None, mask=None):
         hidden, _ = model.apply(params["model"], tokens, positions=positions, mask=mask)
         head = params["head"]
         return jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), head["kernel"]) + head["bias"]

@@ -130,7 +130,8 @@ def through(config, attend, experts, parts: tuple[Group, ...], carry, own, *rest
     """The carry after these groups of layers; own: (index, windowed) of every layer from the first group's on."""
     for number, group in enumerate(parts):
         name = group.kinds[0].name if len(group.kinds) == 1 else "periods"
-        name += f"_{number}" * any(group.kinds == other.kinds for other in parts[:number])
+        if any(group.kinds == other.kinds for other in parts[:number]):
+            name = f"run_{number}_{name}"
         begin = group.start - parts[0].start
         mine = jax.tree.map(itemgetter(slice(begin, begin + group.layers)), own)
         if len(group.kinds) == 1:

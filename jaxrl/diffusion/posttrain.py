@@ -55,13 +55,14 @@ def completion_log_probs(
 ) -> tuple[jax.Array, jax.Array]:
     """diffu-GRPO's log-probs: each completion token from the prompt alone, in one pass (d1, arXiv 2504.12216).
 
-    The whole completion is masked, and each prompt token with a small probability, which makes several updates on one
-    batch less alike. (Zhao et al. 2025, section 3.1.) The estimate treats the tokens of a completion as independent.
+    The whole completion is masked, and each prompt token with a small probability. (Zhao et al. 2025, section 3.1.) The
+    estimate treats the tokens of a completion as independent.
 
     Args:
       model, params, temperature, chunk: as in `posttrain.rollout.completion_log_probs`, whose place this takes.
       completions: `B` completions of width `C`.
-      key: with a row's tokens, decides which of its prompt is masked; not consumed: give each update its own.
+      key: with a row's tokens, decides which of its prompt is masked: the same in all passes that are compared. As
+        `grpo.make` takes one key for a run, the updates on one batch share their masks, where the paper draws anew.
       mask_id: the mask token.
       prompt_masked: that probability.
 

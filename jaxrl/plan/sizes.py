@@ -24,7 +24,8 @@ class Leaf(NamedTuple):
     @property
     def matrix(self) -> bool:
         """Whether it is one of a layer's matrices."""
-        return "layers/" in self.path and len(self.shape) > 2
+        named = re.search(r"(kernel|projection|moe/(gate|up|down))$", self.path)
+        return "layers/" in self.path and named is not None
 
     @property
     def expert(self) -> bool:
@@ -34,7 +35,7 @@ class Leaf(NamedTuple):
     @property
     def stack(self) -> str:
         """The layers it belongs to, "" for none."""
-        return self.path.partition("/")[0] if "layers/" in self.path else ""
+        return self.path[: self.path.index("layers/") + len("layers")] if "layers/" in self.path else ""
 
 
 def leaves(config: TransformerConfig) -> tuple[Leaf, ...]:
@@ -98,7 +99,7 @@ def one_layer(config: TransformerConfig, mesh: Mapping[str, int]) -> float:
     of_stack: dict[str, float] = {}
     for leaf in leaves(config):
         if leaf.matrix:
-            layers = math.prod(leaf.shape[: 2 if leaf.stack == "periods" else 1]) / mesh["stage"]
+            layers = math.prod(leaf.shape[: 2 if leaf.stack.startswith("periods") else 1]) / mesh["stage"]
             of_stack[leaf.stack] = of_stack.get(leaf.stack, 0.0) + own(leaf, mesh, fsdp=False) / layers
     return max(of_stack.values())
 

@@ -16,7 +16,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxrl.kernels.attention import Causal
 from jaxrl.nets import adapters
 from jaxrl.nets.adapters import Adapter
 from jaxrl.nets.language_model import LanguageModel
@@ -149,7 +148,7 @@ def carried(model: LanguageModel, adapter: Adapter) -> LanguageModel:
         base = model.init(first)
         return {"base": base, "adapter": adapter.init(second, model, base)}
 
-    def apply(params, tokens, *, positions=None, mask=Causal(), cache=None):  # noqa: B008  (immutable)
+    def apply(params, tokens, *, positions=None, mask=None, cache=None):
         base, own = params["base"], params["adapter"]
         if own is None:
             return model.apply(base, tokens, positions=positions, mask=mask, cache=cache)

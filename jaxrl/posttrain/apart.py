@@ -92,7 +92,7 @@ def two_meshes(training: str, sampling: str, *, devices=None) -> tuple[Mesh, Mes
 def light(state: Any, dtype: str | None = None) -> Any:
     """A state without what only the trainer needs: optimizer, reference, and digits that `dtype` does not hold."""
     if isinstance(state, Over):
-        return Over(state.base, light(state.state, dtype))
+        return Over(state.base, light(state.state))  # adapters are small and scaled before they are rounded
     params = state.params if dtype is None else as_computed(state.params, dtype)
     return dataclasses.replace(state, opt_state=None, reference=None, params=params)
 
@@ -100,12 +100,13 @@ def light(state: Any, dtype: str | None = None) -> Any:
 def as_computed(params: Any, dtype: str) -> Any:
     """Parameters with their matrices in the type of the computation, to which each use would round them.
 
-    Norms, biases and routers, which may be used in float32, stay as they are: the network computes the same.
+    Norms, biases, routers and random projections, which may be used in float32, stay as they are: the network computes
+    the same.
     """
 
     def rounded(path, x):
-        kept = re.search("norm|bias|router", jax.tree_util.keystr(path)) or not jnp.issubdtype(x.dtype, jnp.floating)
-        return x if kept else x.astype(dtype)
+        wide = re.search("norm|bias|router|projection", jax.tree_util.keystr(path))
+        return x if wide or not jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(rounded, params)
 

@@ -181,6 +181,11 @@ def make(
       sampler, log_probs: in the place of `rollout` and `completion_log_probs`; those of a diffusion model are
         `partial(diffusion.generate, mask_id=...)` and `partial(diffusion.completion_log_probs, mask_id=, key=)`.
     """
+    if (log_probs and config.share_prompt) or (sampler and config.slots):
+        raise ValueError(
+            f"share_prompt {config.share_prompt} is of the trainer's own log_probs, slots {config.slots} of its own "
+            "sampler; leave out what is replaced"
+        )
     row = config.row
     reduction = reduce.by_name(row.reduction, length=config.sampling.max_tokens)
     updates = config.epochs * config.minibatches

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.struct
 import jax
@@ -17,7 +17,7 @@ from jaxrl.losses import reduce
 from jaxrl.losses.tokens import cross_entropy
 from jaxrl.nets.encoder import Encoder, EncoderConfig, Outputs, unembedding, with_embeddings_of
 from jaxrl.nets.language_model import logits
-from jaxrl.posttrain import update
+from jaxrl.posttrain import sft
 
 SPANS = {"": None, "geometric": masking.geometric, "poisson": masking.poisson}
 
@@ -68,13 +68,6 @@ class MaskedConfig:
     """Of these, seen as a random token; 0 for ELECTRA. The rest is seen as it is."""
     spans: str = ""
     """Choose spans of geometric (SpanBERT) or poisson length; empty: single tokens."""
-
-
-class Pretraining(NamedTuple):
-    """`init(key, params) -> state` and `step(state, texts) -> (state, metrics)`; both pure."""
-
-    init: Callable
-    step: Callable
 
 
 def masked(key: jax.Array, texts: Texts, config: MaskedConfig, *, mask_id: int, words: int | jax.Array) -> Masked:
@@ -190,30 +183,23 @@ def make(
     mask_id: int,
     words: int | jax.Array,
     max_grad_norm: float = 1.0,
-) -> Pretraining:
-    """The pure functions of a run.
+    constrain: Callable = lambda batch: batch,
+) -> sft.SFT:
+    """The pure functions of a run: those of `sft.make`, of texts that are masked anew for each step.
 
     Args:
       config: batch sizes and masks.
       loss: (params, Masked) -> (Weighted, metrics): `bert_loss` or `electra_loss` with their configs given.
       optimizer: from `update.make_optimizer`, or any optax transformation.
       mask_id, words: as of `data.masking.corrupted`.
-      max_grad_norm: global norm above which the gradient is scaled down; 0 leaves it.
+      max_grad_norm, constrain: as of `sft.make`.
 
     Returns:
       `init(key, params) -> TrainState` and `step(state, texts) -> (state, metrics)`, where `texts` are all rows
-      `[N, T]`; a step draws `config.batch` of them by `update.epoch_batch` and masks them anew.
+      `[N, T]`; a step draws `config.batch` of them by `update.epoch_batch`.
     """
-
-    def init(key, params):
-        return update.init_state(params, optimizer, key)
-
-    def step(state, texts: Texts):
-        rows = update.epoch_batch(state.key, state.step, batch=config.batch, examples=texts.tokens.shape[0])
-        noise = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)
-        part = masked(noise, jax.tree.map(lambda x: x[rows], texts), config, mask_id=mask_id, words=words)
-        value, metrics, gradient = update.value_and_grad(loss, state.params, part, micro_batches=config.micro_batches)
-        state, trained = update.apply_gradients(state, gradient, value, optimizer, max_grad_norm=max_grad_norm)
-        return dataclasses.replace(state, step=state.step + 1), {**metrics, **trained}
-
-    return Pretraining(init, step)
+    sizes = sft.SFTConfig(batch=config.batch, micro_batches=config.micro_batches)
+    objective = lambda _, params, part: loss(params, part)
+    prepare = lambda key, texts: masked(key, texts, config, mask_id=mask_id, words=words)
+    options: dict[str, Any] = {"max_grad_norm": max_grad_norm, "constrain": constrain}
+    return sft.make(sizes, None, optimizer, objective=objective, prepare=prepare, **options)  # pyright: ignore

@@ -154,7 +154,7 @@ def make(
             micro_batches=config.micro_batches,
         )
         state, trained = update.apply_gradients(state, gradient, value, optimizer, max_grad_norm=max_grad_norm)
-        tokens = batch.loss_mask[:, 1:].sum()
+        tokens = batch.loss_mask[:, 1:].sum() if hasattr(batch, "loss_mask") else batch.tokens.size
         return dataclasses.replace(state, step=state.step + 1), {**metrics, **trained, "throughput/tokens": tokens}
 
     return SFT(init, step)

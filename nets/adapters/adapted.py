@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrl.kernels.attention import Causal
 from jaxrl.nets.language_model import LanguageModel
 
 LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
@@ -69,7 +68,7 @@ def adapt(model: LanguageModel, base: Any, adapter: Adapter) -> LanguageModel:
     def init(key):
         return adapter.init(key, model, base)
 
-    def apply(params, tokens, *, positions=None, mask=Causal(), cache=None):  # noqa: B008  (immutable)
+    def apply(params, tokens, *, positions=None, mask=None, cache=None):
         ready = None if cache is None else cache.ready
         ready = adapter.ready(model, base, params) if ready is None else ready
         if adapter.shift:

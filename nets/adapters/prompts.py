@@ -86,6 +86,7 @@ def prompt(config: PromptConfig) -> Adapter:
         return params
 
     def ready(model, base, params):
+        check_base(base)
         return activations(model, base, encoded(params)[None])
 
     return Adapter(init, ready, graft_prefix, shift=config.length)
@@ -140,9 +141,18 @@ def graft_prefix(base: Any, prefix: dict[str, jax.Array]) -> dict:
     Raises:
       ValueError: a base that is not of the decoder of `nets.transformer`, which alone reads them.
     """
-    if "attention" not in base.get("layers", {}):
-        raise ValueError(f"no layers/attention in the base, which has {sorted(base)}; expected nets.transformer's tree")
+    check_base(base)
     return put(base, {PREFIX: prefix})
+
+
+def check_base(base: Any) -> None:
+    """Raise ValueError unless all layers are alike and attend with keys and values of their own."""
+    stacks = sorted(name for name in base if name.endswith("layers") or name == "periods")
+    if stacks != ["layers"] or "k" not in base["layers"].get("attention", {}):
+        raise ValueError(
+            f"no layers/attention alone in the base, which has {sorted(base)}; prefixes and prompts need layers that "
+            "are all alike and attend with keys and values of their own: no latent, linear or first dense ones"
+        )
 
 
 def encoded(params: Any) -> jax.Array:

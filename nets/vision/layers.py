@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl.kernels.attention import Full, Mask, attention
-from jaxrl.nets.layers import Linear, normal
+from jaxrl.nets.layers import FeedForward, Linear, normal
 
 MAX_LOGIT_SCALE = math.log(100.0)  # of cosine attention (Liu et al. 2021, arXiv:2111.09883, section 3.2)
 
@@ -83,19 +83,10 @@ def _unit(x):
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
 
 
-class MLP(nn.Module):
+def mlp(ffn: int, *, dtype: str = "float32", param_dtype: str = "float32", name: str | None = None) -> FeedForward:
     """y = gelu(x W_up + b) W_down + b, with the exact gelu. Parameters: {up,down}/{kernel,bias}."""
-
-    ffn: int
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map x [..., D] to [..., D]."""
-        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype, "use_bias": True}
-        y = nn.gelu(Linear(self.ffn, **types, name="up")(x), approximate=False)
-        return Linear(x.shape[-1], **types, name="down")(y)
+    plain: dict[str, Any] = {"gated": False, "activation": "gelu", "use_bias": True}
+    return FeedForward(ffn, **plain, dtype=dtype, param_dtype=param_dtype, name=name)
 
 
 def drop_path(module: nn.Module, x: jax.Array, rate: jax.Array | None) -> jax.Array:

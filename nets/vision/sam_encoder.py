@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxrl.kernels.attention import Full, Mask, attention
 from jaxrl.nets.layers import Linear, normal
-from jaxrl.nets.vision.layers import MLP, check_images, layer_norm, patches
+from jaxrl.nets.vision.layers import check_images, layer_norm, mlp, patches
 
 uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """U(-1, 1) / sqrt(fan in), for kernels: what layers of the original code start from."""
@@ -197,7 +197,7 @@ class Block(nn.Module):
         attend = Attention(c.heads, d, grid, kernel_init=normal(0.02), **c.types, name="attention")
         y = attend(rows, rows, rows).reshape(y.shape)
         x = x + (from_windows(y, h, w) if self.windowed else y)
-        x = x + MLP(c.ffn, **c.types, name="ffn")(layer_norm(1e-6, **c.types, name="ffn_norm")(x))
+        x = x + mlp(c.ffn, **c.types, name="ffn")(layer_norm(1e-6, **c.types, name="ffn_norm")(x))
         if self.is_mutable_collection("intermediates"):
             self.sow("intermediates", "hidden", x)
         return x, None

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxrl.kernels.attention import Segments
 from jaxrl.nets.layers import Linear
-from jaxrl.nets.vision.layers import MLP, SelfAttention, check_images, drop_path, layer_norm, patches
+from jaxrl.nets.vision.layers import SelfAttention, check_images, drop_path, layer_norm, mlp, patches
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Block(nn.Module):
             return x + drop_path(self, y, rate)
 
         x = branch(x, "attention_norm", attention)
-        return branch(x, "ffn_norm", MLP(c.mlp_ratio * width, **types, name="ffn"))
+        return branch(x, "ffn_norm", mlp(c.mlp_ratio * width, **types, name="ffn"))
 
 
 class Pair(nn.Module):

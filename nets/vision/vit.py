@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.nets.layers import Linear, normal
-from jaxrl.nets.vision.layers import MLP, SelfAttention, bicubic, check_images, layer_norm, patches
+from jaxrl.nets.vision.layers import SelfAttention, bicubic, check_images, layer_norm, mlp, patches
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Block(nn.Module):
         normed = layer_norm(c.norm_eps, **types, name="attention_norm")(x)
         x = x + SelfAttention(c.heads, **types, name="attention")(normed)
         normed = layer_norm(c.norm_eps, **types, name="ffn_norm")(x)
-        x = x + MLP(c.ffn, **types, name="ffn")(normed)
+        x = x + mlp(c.ffn, **types, name="ffn")(normed)
         if self.is_mutable_collection("intermediates"):
             self.sow("intermediates", "hidden", x)
         return x, None

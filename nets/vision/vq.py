@@ -75,7 +75,8 @@ class Mixing(nn.Module):
         b, h, w, c = x.shape
         normed = _norm("norm")(x)
         q, k, v = (_conv(c, name, 1)(normed).reshape(b, h * w, 1, c) for name in ("q", "k", "v"))
-        return x + _conv(c, "out", 1)(attention(q, k, v, mask=Full()).reshape(x.shape))
+        y: Any = attention(q, k, v, mask=Full())
+        return x + _conv(c, "out", 1)(y.reshape(x.shape))
 
 
 class Middle(nn.Module):
@@ -136,7 +137,8 @@ class VQ(nn.Module):
         c = self.config
         self.encoder, self.decoder = Encoder(c), Decoder(c)
         self.quant, self.post_quant = nn.Conv(c.width, (1, 1)), nn.Conv(c.latent, (1, 1))
-        self.codebook = self.param("codebook", nn.initializers.uniform(2 / c.codes), (c.codes, c.width))
+        even = lambda key, shape: jax.random.uniform(key, shape, minval=-1 / c.codes, maxval=1 / c.codes)
+        self.codebook = self.param("codebook", even, (c.codes, c.width))
 
     def encode(self, pictures: jax.Array) -> Quantised:
         """Pictures [B, H, W, 3], about in [-1, 1], as the nearest entries of the codebook."""

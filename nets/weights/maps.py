@@ -37,9 +37,11 @@ Names = Mapping[str, Place | tuple[Place, ...]]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def linear(theirs: str, ours: str, index: tuple[int, ...] = (), *, bias: bool = True) -> dict[str, Place]:
-    """Names of a linear layer, stored [out, in]."""
-    places = {f"{theirs}.weight": Place(f"{ours}/kernel", index, (1, 0))}
+def linear(
+    theirs: str, ours: str, index: tuple[int, ...] = (), axes: tuple[int, ...] = (1, 0), *, bias: bool = True
+) -> dict[str, Place]:
+    """Names of a linear layer, stored [out, in]; of a convolution with other axes."""
+    places = {f"{theirs}.weight": Place(f"{ours}/kernel", index, axes)}
     return places | ({f"{theirs}.bias": Place(f"{ours}/bias", index)} if bias else {})
 
 
@@ -50,7 +52,7 @@ def norm(theirs: str, ours: str, index: tuple[int, ...] = ()) -> dict[str, Place
 
 def projection(theirs: str, ours: str) -> dict[str, Place]:
     """Names of a convolution over patches, stored [out, in, height, width]."""
-    return {f"{theirs}.weight": Place(f"{ours}/kernel", axes=(2, 3, 1, 0)), f"{theirs}.bias": Place(f"{ours}/bias")}
+    return linear(theirs, ours, axes=(2, 3, 1, 0))
 
 
 def shapes(module: nn.Module, *args: Any, **kwargs: Any) -> dict[str, tuple[int, ...]]:

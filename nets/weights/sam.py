@@ -1,21 +1,10 @@
 """Checkpoint names of Segment Anything, as transformers' `SamModel` writes them, and our parameter paths."""
 
 from jaxrl.nets.vision.sam_encoder import SAMConfig
-from jaxrl.nets.weights.maps import Place
+from jaxrl.nets.weights.maps import Place, linear, norm
 
 IGNORED = ("prompt_encoder.shared_embedding.positional_embedding",)
 """A second copy of the frequencies, in old files."""
-
-
-def _norm(theirs: str, ours: str, index: tuple[int, ...] = ()) -> dict[str, Place]:
-    return {f"{theirs}.weight": Place(f"{ours}/scale", index), f"{theirs}.bias": Place(f"{ours}/bias", index)}
-
-
-def _weighted(theirs: str, ours: str, index=(), axes=(1, 0)) -> dict[str, Place]:
-    return {
-        f"{theirs}.weight": Place(f"{ours}/kernel", index, axes=axes),
-        f"{theirs}.bias": Place(f"{ours}/bias", index),
-    }
 
 
 def _encoder(config: SAMConfig) -> dict[str, Place | tuple[Place, ...]]:
@@ -24,9 +13,9 @@ def _encoder(config: SAMConfig) -> dict[str, Place | tuple[Place, ...]]:
         "vision_encoder.pos_embed": Place("image_encoder/positions"),
         "vision_encoder.neck.conv1.weight": Place("image_encoder/neck_in/kernel", axes=(2, 3, 1, 0)),
         "vision_encoder.neck.conv2.weight": Place("image_encoder/neck_out/kernel", axes=(2, 3, 1, 0)),
-        **_weighted("vision_encoder.patch_embed.projection", "image_encoder/patch", axes=(2, 3, 1, 0)),
-        **_norm("vision_encoder.neck.layer_norm1", "image_encoder/neck_in_norm"),
-        **_norm("vision_encoder.neck.layer_norm2", "image_encoder/neck_out_norm"),
+        **linear("vision_encoder.patch_embed.projection", "image_encoder/patch", axes=(2, 3, 1, 0)),
+        **norm("vision_encoder.neck.layer_norm1", "image_encoder/neck_in_norm"),
+        **norm("vision_encoder.neck.layer_norm2", "image_encoder/neck_out_norm"),
     }
     for i in range(c.layers):
         period, within = divmod(i, c.global_every)
@@ -42,11 +31,11 @@ def _encoder(config: SAMConfig) -> dict[str, Place | tuple[Place, ...]]:
             f"{theirs}.attn.qkv.bias": fused("bias", None),
             f"{theirs}.attn.rel_pos_h": Place(f"{ours}/attention/rows", index),
             f"{theirs}.attn.rel_pos_w": Place(f"{ours}/attention/columns", index),
-            **_weighted(f"{theirs}.attn.proj", f"{ours}/attention/o", index),
-            **_norm(f"{theirs}.layer_norm1", f"{ours}/attention_norm", index),
-            **_norm(f"{theirs}.layer_norm2", f"{ours}/ffn_norm", index),
-            **_weighted(f"{theirs}.mlp.lin1", f"{ours}/ffn/up", index),
-            **_weighted(f"{theirs}.mlp.lin2", f"{ours}/ffn/down", index),
+            **linear(f"{theirs}.attn.proj", f"{ours}/attention/o", index),
+            **norm(f"{theirs}.layer_norm1", f"{ours}/attention_norm", index),
+            **norm(f"{theirs}.layer_norm2", f"{ours}/ffn_norm", index),
+            **linear(f"{theirs}.mlp.lin1", f"{ours}/ffn/up", index),
+            **linear(f"{theirs}.mlp.lin2", f"{ours}/ffn/down", index),
         }
     return found
 
@@ -58,18 +47,18 @@ def _prompts() -> dict[str, Place]:
         "prompt_encoder.not_a_point_embed.weight": Place(f"{ours}/not_a_point"),
         "prompt_encoder.no_mask_embed.weight": Place(f"{ours}/no_mask"),
         **{f"prompt_encoder.point_embed.{i}.weight": Place(f"{ours}/points", (i,)) for i in range(4)},
-        **_weighted("prompt_encoder.mask_embed.conv1", f"{ours}/mask/in", axes=(2, 3, 1, 0)),
-        **_weighted("prompt_encoder.mask_embed.conv2", f"{ours}/mask/mid", axes=(2, 3, 1, 0)),
-        **_weighted("prompt_encoder.mask_embed.conv3", f"{ours}/mask/out", axes=(2, 3, 1, 0)),
-        **_norm("prompt_encoder.mask_embed.layer_norm1", f"{ours}/mask/in_norm"),
-        **_norm("prompt_encoder.mask_embed.layer_norm2", f"{ours}/mask/mid_norm"),
+        **linear("prompt_encoder.mask_embed.conv1", f"{ours}/mask/in", axes=(2, 3, 1, 0)),
+        **linear("prompt_encoder.mask_embed.conv2", f"{ours}/mask/mid", axes=(2, 3, 1, 0)),
+        **linear("prompt_encoder.mask_embed.conv3", f"{ours}/mask/out", axes=(2, 3, 1, 0)),
+        **norm("prompt_encoder.mask_embed.layer_norm1", f"{ours}/mask/in_norm"),
+        **norm("prompt_encoder.mask_embed.layer_norm2", f"{ours}/mask/mid_norm"),
     }
 
 
 def _attention(theirs: str, ours: str, index=()) -> dict[str, Place]:
     found = {}
     for name, part in (("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v"), ("out_proj", "o")):
-        found |= _weighted(f"{theirs}.{name}", f"{ours}/{part}", index)
+        found |= linear(f"{theirs}.{name}", f"{ours}/{part}", index)
     return found
 
 
@@ -77,7 +66,7 @@ def _mlp(theirs: str, ours: str, depth: int, index=()) -> dict[str, Place]:
     names = ["proj_in", *(f"layers.{i}" for i in range(depth - 2)), "proj_out"]
     found = {}
     for i, name in enumerate(names):
-        found |= _weighted(f"{theirs}.{name}", f"{ours}/layer_{i}", index)
+        found |= linear(f"{theirs}.{name}", f"{ours}/layer_{i}", index)
     return found
 
 
@@ -87,10 +76,10 @@ def _decoder(config: SAMConfig) -> dict[str, Place]:
         "mask_decoder.iou_token.weight": Place(f"{ours}/iou_token"),
         "mask_decoder.mask_tokens.weight": Place(f"{ours}/mask_tokens"),
         **_attention("mask_decoder.transformer.final_attn_token_to_image", f"{ours}/final"),
-        **_norm("mask_decoder.transformer.layer_norm_final_attn", f"{ours}/final_norm"),
-        **_weighted("mask_decoder.upscale_conv1", f"{ours}/upscale_in", axes=(0, 2, 3, 1)),
-        **_weighted("mask_decoder.upscale_conv2", f"{ours}/upscale_out", axes=(0, 2, 3, 1)),
-        **_norm("mask_decoder.upscale_layer_norm", f"{ours}/upscale_norm"),
+        **norm("mask_decoder.transformer.layer_norm_final_attn", f"{ours}/final_norm"),
+        **linear("mask_decoder.upscale_conv1", f"{ours}/upscale_in", axes=(0, 2, 3, 1)),
+        **linear("mask_decoder.upscale_conv2", f"{ours}/upscale_out", axes=(0, 2, 3, 1)),
+        **norm("mask_decoder.upscale_layer_norm", f"{ours}/upscale_norm"),
         **_mlp("mask_decoder.iou_prediction_head", f"{ours}/iou", config.iou_depth),
     }
     for i in range(1 + config.masks):
@@ -101,12 +90,12 @@ def _decoder(config: SAMConfig) -> dict[str, Place]:
             **_attention(f"{theirs}.self_attn", f"{here}/tokens", (i,)),
             **_attention(f"{theirs}.cross_attn_token_to_image", f"{here}/to_image", (i,)),
             **_attention(f"{theirs}.cross_attn_image_to_token", f"{here}/to_tokens", (i,)),
-            **_norm(f"{theirs}.layer_norm1", f"{here}/tokens_norm", (i,)),
-            **_norm(f"{theirs}.layer_norm2", f"{here}/to_image_norm", (i,)),
-            **_norm(f"{theirs}.layer_norm3", f"{here}/ffn_norm", (i,)),
-            **_norm(f"{theirs}.layer_norm4", f"{here}/to_tokens_norm", (i,)),
-            **_weighted(f"{theirs}.mlp.lin1", f"{here}/ffn/layer_0", (i,)),
-            **_weighted(f"{theirs}.mlp.lin2", f"{here}/ffn/layer_1", (i,)),
+            **norm(f"{theirs}.layer_norm1", f"{here}/tokens_norm", (i,)),
+            **norm(f"{theirs}.layer_norm2", f"{here}/to_image_norm", (i,)),
+            **norm(f"{theirs}.layer_norm3", f"{here}/ffn_norm", (i,)),
+            **norm(f"{theirs}.layer_norm4", f"{here}/to_tokens_norm", (i,)),
+            **linear(f"{theirs}.mlp.lin1", f"{here}/ffn/layer_0", (i,)),
+            **linear(f"{theirs}.mlp.lin2", f"{here}/ffn/layer_1", (i,)),
         }
     return found
 

@@ -80,6 +80,8 @@ def test_a_run_names_the_network_that_it_is_like():
     config = network(options, 50, 40)
     assert (config.latent.kv_rank, config.experts.experts, config.experts.bias) == (16, 8, True)
     assert (config.vocab_size, config.max_length, config.width, config.dense_layers) == (50, 40, 32, 1)
+    given = network(recipes.ModelConfig(like="qwen3-0.6b", kv_heads=4, remat="none", tie_embeddings=False), 50, 40)
+    assert (given.kv_heads, given.remat, given.tie_embeddings, given.qk_norm) == (4, "none", False, True)
     for like, message in (("bert-base", "is no decoder"), ("deepseek-v9", "did you mean 'deepseek_v")):
         with pytest.raises(ValueError, match=message):
             network(recipes.ModelConfig(like=like), 50, 40)

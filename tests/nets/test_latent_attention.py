@@ -9,9 +9,10 @@ import pytest
 
 from jaxrl import parallel
 from jaxrl.kernels.attention import Causal, Segments
-from jaxrl.nets import presets
+from jaxrl.nets import adapters, presets
 from jaxrl.nets.language_model import language_model
 from jaxrl.nets.latent_attention import LatentConfig
+from jaxrl.nets.moe import MoEConfig
 from jaxrl.nets.rope import Yarn, score_factor
 from jaxrl.posttrain.rollout import Sampling, completion_log_probs, rollout
 from jaxrl.posttrain.slots import rollout_in_slots
@@ -145,8 +146,22 @@ def test_on_a_mesh_it_is_that_of_one_device(spec):
         ({"kv_heads": 2}, "expected kv_heads = heads = 4"),
         ({"qk_norm": True}, "neither window nor qk_norm"),
         ({"latent": dataclasses.replace(LATENT, rope=3)}, "latent.rope is 3"),
+        ({"qkv_bias": True}, "its matrices have none"),
+        ({"latent": None, "rope_scaling": Yarn(4.0, 16, mscale_all_dim=1.0)}, "expected 0 without latent"),
+        ({"experts": MoEConfig(2, 1, 8), "gated": False}, "they are SwiGLU layers"),
     ],
 )
 def test_bad_configs_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **changes)
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_prefixes_are_refused(kind):
+    """Latents are no keys: a prefix would be without effect."""
+    model, params = network(CONFIG)
+    config = {"prefix": adapters.PrefixConfig, "prompt": adapters.PromptConfig}[kind](length=2)
+    adapter = {"prefix": adapters.prefix, "prompt": adapters.prompt}[kind](config)
+    with pytest.raises(ValueError, match="no latent, linear or first dense ones"):
+        tree = adapter.init(jax.random.key(0), model, params)
+        adapter.graft(params, adapter.ready(model, params, tree))

@@ -423,7 +423,7 @@ def test_stacks_by_kind():
     assert shapes["linear_layers"]["attention"]["out_norm"]["scale"].shape == (3, 64)
     odd = TransformerConfig(**DECODER, linear=NORM, linear_layers=(0, 3))
     assert set(jax.eval_shape(language_model(odd).init, jax.random.key(0))) >= {"linear_layers", "layers"}
-    assert "linear_layers_2" in jax.eval_shape(language_model(odd).init, jax.random.key(0))
+    assert "run_2_linear_layers" in jax.eval_shape(language_model(odd).init, jax.random.key(0))
 
 
 def test_decays():

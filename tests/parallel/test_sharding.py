@@ -8,7 +8,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrl import networks, parallel
 from jaxrl.nets.language_model import language_model
+from jaxrl.nets.linear_attention import LinearConfig
 from jaxrl.nets.transformer import TransformerConfig
+from jaxrl.plan import sizes
 
 
 @pytest.mark.parametrize(
@@ -92,4 +94,9 @@ def test_layers_in_periods_and_layers_that_share_parameters():
     rule = lambda path, shape: tuple(parallel.partition(path, shape, mesh))
     assert rule("periods/linear_layers/ffn/up/kernel", (4, 3, 8, 16)) == ("stage", None, "fsdp", "tensor")
     assert rule("layers/ffn/up/kernel", (8, 16)) == ("fsdp", "tensor")
+    odd = TransformerConfig(64, 32, 3, 4, 4, 64, linear=LinearConfig(), linear_layers=(0, 2))
+    params = jax.eval_shape(language_model(odd).init, jax.random.key(0))
+    jax.tree.leaves(parallel.state_shardings(params, parallel.make_mesh("fsdp=4,tensor=2")))
+    parts = sizes.parameters(odd)
+    assert parts["ffn"] == 3 * 3 * 32 * 64 and parts["embed"] == parts["unembed"] == 64 * 32
     assert rule("layers/ffn/up/kernel", (4, 8, 16)) == ("stage", "fsdp", "tensor")

@@ -124,6 +124,12 @@ def test_experts_and_latents_by_hand():
     assert work.train_flops(a_work(config=dense))["attention"] / 4.5 == scores(dense, 8 * (8 + 8))
 
 
+def test_the_largest_layer_of_a_period():
+    minimax = presets.minimax_text_01()
+    one, mean = sizes.one_layer(minimax, axes()), sizes.layer_matrices(minimax) / minimax.layers
+    assert mean < one < 1.02 * mean  # both kinds have 32 experts of the same width
+
+
 def test_linear_layers_cost_the_same_at_any_length():
     config = presets.linear_transformer(96, 64, 4, heads=4, kv_heads=4)
     short, long = (a_work("grpo", config=config, length=n, completion=32, group=4) for n in (65, 1025))

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl import checkpoint, loop, metrics, parallel
+from jaxrl.nets import presets
 from jaxrl.nets.language_model import language_model
 from jaxrl.nets.moe import MoEConfig
 from jaxrl.nets.transformer import TransformerConfig
@@ -160,6 +161,10 @@ def test_the_samplers_matrices_are_in_its_type_and_compute_the_same():
     tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 16)
     got, want = (jax.jit(lambda p: model.apply(p, tokens)[0])(p) for p in (copy, params))
     np.testing.assert_array_equal(got, want)
+    drawn = presets.performer(16, 16, 2, heads=2, kv_heads=2, max_length=16, dtype="bfloat16")
+    params = jax.jit(language_model(drawn).init)(jax.random.key(0))
+    copy, run = apart.as_computed(params, "bfloat16"), jax.jit(lambda p: language_model(drawn).apply(p, tokens)[0])
+    np.testing.assert_array_equal(run(copy), run(params))
 
 
 def test_a_negative_lag():

@@ -34,14 +34,16 @@ class ModelConfig:
     """Width of the residual stream."""
     layers: int = 2
     heads: int = 4
-    kv_heads: int = 4
-    """Key and value heads; divides `heads`."""
+    kv_heads: int | None = None
+    """Key and value heads; divides `heads`. None: as many, or with `like` the network's share."""
     ffn: int = 256
     """Inner width of the feed-forward layers."""
-    tie_embeddings: bool = True
-    qk_norm: bool = False
-    remat: str = "none"
-    """Recompute in the backward pass: none, full or dots."""
+    tie_embeddings: bool | None = None
+    """None: yes, or with `like` the network's own."""
+    qk_norm: bool | None = None
+    """None: no, or with `like` the network's own."""
+    remat: str = ""
+    """Recompute in the backward pass: none, full or dots; empty: none, or the network's own."""
     dtype: str = "float32"
     """Compute type; parameters stay float32."""
 
@@ -52,17 +54,17 @@ def network(options: ModelConfig, vocab_size: int, max_length: int) -> Transform
     Raises:
       ValueError: `like` names no decoder.
     """
-    fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name != "like"}
+    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name != "like"}
+    given = {name: value for name, value in given.items() if value not in (None, "")}
     if not options.like:
-        return TransformerConfig(vocab_size=vocab_size, max_length=max_length, **fields)
+        plain = {"kv_heads": options.heads, "tie_embeddings": True, "remat": "none"}
+        return TransformerConfig(vocab_size=vocab_size, max_length=max_length, **(plain | given))
     from jaxrl import networks
 
     config = networks.find(options.like).config
     if not isinstance(config, TransformerConfig) or not config.causal:
         raise ValueError(f"--model.like {options.like} is no decoder; `jaxrl nets --family decoder` lists them")
-    sizes = {name: fields.pop(name) for name in ("width", "layers", "heads", "ffn")}
-    given = {name: value for name, value in fields.items() if value != getattr(ModelConfig, name)}
-    return presets.shrunk(config, vocab_size, max_length=max_length, **sizes, **given)
+    return presets.shrunk(config, vocab_size, max_length=max_length, **given)
 
 
 @dataclasses.dataclass(frozen=True)
