@@ -146,7 +146,10 @@ BAD = {
     "prefix": (lambda: adapters.PrefixConfig(length=0), "prefix length is 0"),
     "start": (lambda: adapters.PrefixConfig(length=3, start=(1, 2)), "as many tokens as the length"),
     "both": (lambda: adapters.PrefixConfig(length=1, hidden=2, start=(1,)), "hidden 0: a network cannot"),
-    "tree": (lambda: adapters.prefix(adapters.PrefixConfig()).graft({"embed": 0}, {}), "no layers/attention alone in the base"),
+    "tree": (
+        lambda: adapters.prefix(adapters.PrefixConfig()).graft({"embed": 0}, {}),
+        "no layers/attention alone in the base",
+    ),
     "width": (lambda: cases.network()[1].apply(cases.network()[2], jnp.ones((1, 2, 5))), r"expected \[B, T, D = 16\]"),
 }
 
