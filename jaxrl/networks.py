@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -140,12 +141,13 @@ def find(name: str) -> Network:
       ValueError: no such network; the message has the nearest name.
     """
     known = list(networks())
+    plain = lambda text: re.sub(r"[-_.]", "", text.lower())
     names = [one.name for one in known]
-    plain = name.replace("-", "_").replace(".", "")
-    if plain not in names:
-        near = difflib.get_close_matches(plain, names, n=1, cutoff=0.0)[0]
+    found = [one for one in known if plain(one.name) == plain(name)]
+    if not found:
+        near = difflib.get_close_matches(name.replace("-", "_"), names, n=1, cutoff=0.0)[0]
         raise ValueError(f"no network {name!r}; did you mean {near!r}? `jaxrl nets` lists them all")
-    return known[names.index(plain)]
+    return found[0]
 
 
 def _show_one(one: Network, display: Display) -> None:

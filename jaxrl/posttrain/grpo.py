@@ -189,6 +189,7 @@ def make(
     row = config.row
     reduction = reduce.by_name(row.reduction, length=config.sampling.max_tokens)
     updates = config.epochs * config.minibatches
+    ends: dict[str, Any] = {"stop": stop} if stop else {}
     form = partial(group_log_probs, group=config.group) if config.share_prompt else completion_log_probs
     log_probs_of = partial(log_probs or form, model, temperature=config.sampling.temperature)
     complete = sampler or (partial(rollout_in_slots, slots=config.slots) if config.slots else rollout)
@@ -210,7 +211,7 @@ def make(
             eos_id=eos_id,
             pad_id=pad_id,
             samples=config.group,
-            **({"stop": stop} if stop else {}),
+            **ends,
         )
         return dataclasses.replace(state, drawn=state.drawn + 1), constrain(completions), rows
 
