@@ -9,11 +9,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxrl.kernels.attention import Causal, Full, Mask, Segments
-from jaxrl.kernels.attention.masks import And
 from jaxrl.kernels.linear_attention import linear_attention
 from jaxrl.nets.attention import Attention
 from jaxrl.nets.cache import Slot, read_state, write_state
+from jaxrl.nets.documents import documents
 from jaxrl.nets.layers import Linear, RMSNorm
 
 MAPS = {
@@ -162,38 +161,6 @@ def log_decays(kind: str, heads: int, layer: jax.Array | int, layers: int) -> ja
     if kind == "retention":
         return jnp.log1p(-(2.0 ** (-5.0 - h)))
     return -(2.0 ** (-8.0 * (h + 1) / heads)) * (1.0 - layer / (layers - 1 + 1e-5) + 1e-5)
-
-
-def documents(mask: Mask, rows: int, tokens: int, offset: int | jax.Array = 0) -> tuple[bool, jax.Array | None]:
-    """What a mask of `Causal`, `Full`, `Segments` and their `&` means for a state.
-
-    The ids that count are those of the keys: a token's id as a query must be the same, and the tokens of a document
-    neighbours. Padding with an id of its own, on the left or right, is a document like others.
-
-    Returns:
-      (does a token see only what came before, bool [rows, tokens] where a document starts or None if there is one).
-
-    Raises:
-      ValueError: for any other mask.
-    """
-    parts, causal, starts = [mask], False, None
-    while parts:
-        part = parts.pop()
-        if isinstance(part, And):
-            parts += [part.a, part.b]
-        elif isinstance(part, Causal):
-            causal = True
-        elif isinstance(part, Segments):
-            here = offset + jnp.arange(tokens)
-            ids = (jnp.take(part.keys(), jnp.maximum(at, 0), axis=1, mode="clip") for at in (here, here - 1))
-            new = jnp.broadcast_to(jnp.not_equal(*ids), (rows, tokens))
-            starts = new if starts is None else starts | new
-        elif not isinstance(part, Full):
-            raise ValueError(
-                f"linear attention cannot follow the mask {type(part).__name__}: its state forgets nothing that came "
-                "before; expected Causal, Full, Segments and their &, or layers that attend"
-            )
-    return causal, starts
 
 
 def both_ways(q, k, v, starts, **options) -> jax.Array:

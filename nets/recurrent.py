@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxrl.kernels.attention import Causal, Mask, Segments
-from jaxrl.kernels.attention.masks import And
+from jaxrl.kernels.attention import Causal, Mask
+from jaxrl.nets.documents import documents
 from jaxrl.nets.initializers import orthogonal
 from jaxrl.nets.language_model import LanguageModel
 from jaxrl.nets.layers import Kernel, Linear, normal
@@ -379,29 +379,13 @@ def segment_starts(mask: Mask, first: int | jax.Array, shape: tuple[int, ...]) -
     Raises:
       ValueError: if the mask says more than that tokens see all before them in their own segment.
     """
-    parts = _conjuncts(mask)
-    if not any(isinstance(part, Causal) for part in parts):
+    causal, starts = documents(mask, *shape, first)
+    if not causal:
         raise ValueError(
             f"the mask is {type(mask).__name__}; expected Causal() & ...: a recurrent state knows what came before"
         )
-    columns = first + jnp.arange(shape[1])
-    starts = jnp.broadcast_to((columns == 0)[None], shape)
-    for part in parts:
-        if isinstance(part, Segments):
-            now, before = (jnp.take(part.keys(), at, axis=1, mode="clip") for at in (columns, columns - 1))
-            starts = starts | jnp.broadcast_to(now != before, shape)
-    return starts
-
-
-def _conjuncts(mask: Mask) -> list[Mask]:
-    if isinstance(mask, And):
-        return _conjuncts(mask.a) + _conjuncts(mask.b)
-    if not isinstance(mask, Causal | Segments):
-        raise ValueError(
-            f"the mask holds {type(mask).__name__}; a recurrent state follows Causal() and Segments(...) alone: use a "
-            "Transformer, or leave out what needs this mask (share_prompt, windows)"
-        )
-    return [mask]
+    begin = jnp.broadcast_to((first + jnp.arange(shape[1]) == 0)[None], shape)
+    return begin if starts is None else begin | starts
 
 
 SIZES: dict[str, RecurrentConfig] = {

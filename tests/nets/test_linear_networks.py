@@ -15,12 +15,12 @@ from jaxrl.kernels.attention import Causal, Chunked, Full, Prefix, Segments, Str
 from jaxrl.kernels.linear_attention import linear_attention
 from jaxrl.nets import presets
 from jaxrl.nets.attention import rectified
+from jaxrl.nets.documents import documents
 from jaxrl.nets.language_model import language_model, logits
 from jaxrl.nets.latent_attention import LatentConfig
 from jaxrl.nets.linear_attention import (
     LinearAttention,
     LinearConfig,
-    documents,
     log_decays,
     positive_features,
     random_projection,

@@ -247,8 +247,8 @@ BAD = {
         lambda: RNN(RNNConfig("gru", 3)).init(jax.random.key(0), jnp.zeros((5, 2, 1)), lengths=jnp.ones(5, int)),
         r"lengths \(5,\)",
     ),
-    "window": (lambda: language(mask=Causal() & Window(2)), "the mask holds Window"),
-    "full": (lambda: language(mask=Full()), "the mask holds Full"),
+    "window": (lambda: language(mask=Causal() & Window(2)), "cannot follow the mask Window"),
+    "full": (lambda: language(mask=Full()), "the mask is Full"),
     "not causal": (lambda: language(mask=Segments(jnp.zeros((1, 3), int))), "the mask is Segments"),
     "tokens": (lambda: language(jnp.zeros(3, int)), r"tokens have shape \(3,\)"),
 }
