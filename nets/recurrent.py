@@ -379,7 +379,7 @@ def segment_starts(mask: Mask, first: int | jax.Array, shape: tuple[int, ...]) -
     Raises:
       ValueError: if the mask says more than that tokens see all before them in their own segment.
     """
-    causal, starts = documents(mask, *shape, first)
+    causal, starts = documents(mask, shape[0], shape[1], first)
     if not causal:
         raise ValueError(
             f"the mask is {type(mask).__name__}; expected Causal() & ...: a recurrent state knows what came before"
