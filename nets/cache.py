@@ -135,6 +135,11 @@ def init_cache(config: TransformerConfig, batch: int, length: int) -> Cache:
             f"a cache of {length} columns was asked for, but the config's max_length is {config.max_length}: "
             "shorten the prompts, generate fewer tokens, or raise max_length"
         )
+    return empty_cache(config, batch, length)
+
+
+def empty_cache(config: TransformerConfig, batch: int, length: int) -> Cache:
+    """As `init_cache`, of any length: where columns are used again there may be more of them than positions."""
     latent = config.latent
     heads, size = (config.kv_heads, config.head_size) if latent is None else (1, latent.cached)
     attending = sum(not kind.linear for kind in config.kinds)

@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jaxrl.kernels.attention import Causal, Full, Mask, attention
 from jaxrl.nets.attention import Attention
 from jaxrl.nets.cache import Cache as Cache
-from jaxrl.nets.cache import Layered, Slot, init_cache
+from jaxrl.nets.cache import Layered, Slot, empty_cache
 from jaxrl.nets.config import Kind
 from jaxrl.nets.config import TransformerConfig as TransformerConfig
 from jaxrl.nets.latent_attention import LatentAttention
@@ -324,7 +324,7 @@ def check(
     if cache is None:
         return 0
     columns = cache.columns
-    want = jax.eval_shape(lambda: init_cache(config, b, columns or 0))
+    want = jax.eval_shape(lambda: empty_cache(config, b, columns or 0))
     got, expected = (jax.tree.map(jnp.shape, (x.k, x.v)) for x in (cache, want))
     if got != expected:
         raise ValueError(
