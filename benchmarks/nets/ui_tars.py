@@ -3,7 +3,7 @@
 The agent reads the task, what it has said so far and the present screen as 36 letters, one a patch; it writes
 "Thought: press red", then "Action: click(...)" with coordinates in thousandths, digit by digit. A network of 2 layers
 learns from nothing. DPO's rate was chosen among five settings on one network of seed 0 and other screens. A seed takes
-3 to 4 minutes.
+2 to 3 minutes.
 
   grounding   one button of four is to be pressed, one click is allowed: share of new screens on which it hits.
   two steps   "press red then blue", demonstrated by somebody whose first click is wrong in 60 % of the episodes, and
