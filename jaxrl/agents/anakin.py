@@ -5,10 +5,12 @@
 Every device steps its share of the environments and learns from them with the same parameters; gradients (and
 statistics, KL and metrics) are averaged over the axis `data`. The state is that of one device with all the
 environments: what is of an environment lies on its device, the rest on every device, so that checkpoints open on any
-number of devices.
+number of devices. All three forms are for every agent:
 
-`spread` is for every agent, and leaves the dividing of its step to the compiler; `shard` and `pmap` are for agents that
-learn from what they just did, and divide it by hand.
+- `spread` leaves the dividing of a step to the compiler. Random numbers and results are those of one device.
+- `shard` and `pmap` divide it by hand. Environments get the random numbers of one device. What is drawn for learning
+  (minibatches from a replay memory, orders of a rollout's columns) each device draws of its own environments alone, and
+  nothing but gradients and a few numbers goes between devices.
 """
 
 import dataclasses
@@ -17,19 +19,22 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl.agents.agent import Agent
-from jaxrl.agents.on_policy import State
+from jaxrl.buffers import prioritised, ring
+from jaxrl.buffers.prioritised import Prioritised
 from jaxrl.envs.env import Env
 
 AXIS = "data"
 
 
 def spread(make: Callable, config: Any, env: Env, mesh: Mesh, **options: Any) -> Agent:
-    """Any agent, its environments and what it remembers of them divided over a mesh by the compiler.
+    """An agent whose environments and what it remembers of them are divided over a mesh by the compiler.
 
-    Minibatches that are drawn from a memory are divided too. Random numbers and results are those of one device.
+    Minibatches that are drawn from a memory are divided too.
 
     Args:
       make: of an agent.
@@ -41,10 +46,7 @@ def spread(make: Callable, config: Any, env: Env, mesh: Mesh, **options: Any) ->
     Raises:
       ValueError: environments or minibatches that do not divide over the devices.
     """
-    parts = mesh.shape[AXIS]
-    for name, size in (("envs", config.envs), ("batch", getattr(config, "batch", parts))):
-        if size % parts:
-            raise ValueError(f"{name} is {size}, expected a multiple of the {parts} devices of axis {AXIS!r}")
+    share(config, mesh.shape[AXIS])
 
     def lay(x, *axes):
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
@@ -52,16 +54,11 @@ def spread(make: Callable, config: Any, env: Env, mesh: Mesh, **options: Any) ->
     if "constrain" in inspect.signature(make).parameters:
         options["constrain"] = lambda batch: jax.tree.map(lambda x: lay(x, None, AXIS), batch)
     agent = make(config, env, **options)
-    doubled = {name: 2 * getattr(config, name) for name in ("envs", "capacity", "warmup") if hasattr(config, name)}
-    twice = make(dataclasses.replace(config, **doubled), env, **options)
-
-    def place(x, other):
-        """A dimension that doubles with the environments is theirs."""
-        grown = [i for i, (n, m) in enumerate(zip(x.shape, other.shape, strict=True)) if m == 2 * n]
-        return lay(x, *[AXIS if i in grown[:1] else None for i in range(x.ndim)])
+    twice, key = make(doubled(config), env, **options), jax.random.key(0)
+    specs = layout(lambda: agent.init(key), lambda: twice.init(key))
 
     def placed(state):
-        return jax.tree.map(place, state, jax.eval_shape(twice.init, jax.random.key(0)))
+        return jax.tree.map(lambda x, spec: lay(x, *spec), state, specs)
 
     def step(state, data=None):
         state, metrics = agent.step(placed(state), data)
@@ -70,78 +67,136 @@ def spread(make: Callable, config: Any, env: Env, mesh: Mesh, **options: Any) ->
     return agent._replace(init=lambda key: placed(agent.init(key)), step=step)
 
 
-def shard(make: Callable, config: Any, env: Env, mesh: Mesh, **networks: Any) -> Agent:
-    """An on-policy agent whose step is spread over a mesh by `shard_map`.
+def shard(make: Callable, config: Any, env: Env, mesh: Mesh, **options: Any) -> Agent:
+    """An agent whose step is spread over a mesh by `shard_map`.
+
+    Each device has its share of `envs`, and of `capacity` and `batch` where there is a replay memory; environment steps
+    (of a warm-up, say) are those of all devices together.
 
     Args:
-      make: of an on-policy agent, with an `axis_name`.
-      config: `envs` is the number of environments on all devices together; minibatches are counted on each device.
+      make: of an agent, with an `axis_name`.
+      config: of all devices together, but for the number of minibatches of a rollout: each device makes so many of its
+        own.
       env: as `make` takes it.
       mesh: with an axis `data`; others take no part.
-      networks: handed to `make`.
+      options: handed to `make`.
 
     Returns:
       An Agent. `jax.jit(agent.step)` runs on the mesh wherever the state lies before.
 
     Raises:
-      ValueError: environments that do not divide over the devices.
+      ValueError: environments or minibatches that do not divide over the devices.
     """
-    whole, part = _agents(make, config, env, mesh.shape[AXIS], networks)
+    whole, part, specs = _agents(make, config, env, mesh.shape[AXIS], options)
+    out = (specs, PartitionSpec())
+    mapped = jax.shard_map(part, mesh=mesh, in_specs=(specs,), out_specs=out, check_vma=False)
 
     def step(state, data=None):
-        specs = _specs(state)
-        mapped = jax.shard_map(
-            part.step, mesh=mesh, in_specs=(specs,), out_specs=(specs, PartitionSpec()), check_vma=False
-        )
-        return mapped(state)
+        state, metrics = mapped(_flat(state))
+        return _trees(state), metrics
 
     return whole._replace(step=step)
 
 
-def pmap(make: Callable, config: Any, env: Env, devices: int, **networks: Any) -> Agent:
+def pmap(make: Callable, config: Any, env: Env, devices: int, **options: Any) -> Agent:
     """The same by `jax.pmap`, the form of the paper: arguments and state as `shard`, for `devices` local devices.
 
     Its step cannot be jitted again or scanned: `pmap` is the whole program.
     """
-    whole, part = _agents(make, config, env, devices, networks)
+    whole, part, specs = _agents(make, config, env, devices, options)
+    axes = jax.tree.map(lambda spec: len(spec) - 1 if spec else None, specs)  # the axis stands last
+    mapped = jax.pmap(part, axis_name=AXIS, in_axes=(axes,), out_axes=(axes, None))
 
-    def split(x):
-        return x.reshape(devices, -1, *x.shape[1:])
+    def split(x, spec):
+        i = len(spec) - 1
+        return x.reshape(*x.shape[:i], devices, x.shape[i] // devices, *x.shape[i + 1 :]) if spec else x
 
-    def join(x):
-        return x.reshape(-1, *x.shape[2:])
+    def join(x, spec):
+        i = len(spec) - 1
+        return x.reshape(*x.shape[:i], x.shape[i] * x.shape[i + 1], *x.shape[i + 2 :]) if spec else x
 
-    mapped: dict[Any, Callable] = {}
+    mesh = Mesh(np.asarray(jax.local_devices()[:devices]), (AXIS,))
+    places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    before = jax.jit(lambda state: jax.tree.map(split, _flat(state), specs))
+    after = jax.jit(lambda state: _trees(jax.tree.map(join, state, specs)))
 
     def step(state, data=None):
-        axes = jax.tree.map(lambda spec: 0 if AXIS in spec else None, _specs(state))
-        structure = jax.tree.structure(state)
-        if structure not in mapped:
-            mapped[structure] = jax.pmap(part.step, axis_name=AXIS, in_axes=(axes,), out_axes=(axes, None))
-        state, metrics = mapped[structure](_on_environments(split, state))
-        return _on_environments(join, state), metrics
+        state, metrics = mapped(jax.device_put(before(state), places))
+        return after(state), metrics
 
     return whole._replace(step=step)
 
 
-def _agents(make, config, env, devices, networks) -> tuple[Agent, Agent]:
-    if config.envs % devices:
-        raise ValueError(f"envs is {config.envs}, expected a multiple of the {devices} devices of axis {AXIS!r}")
-    share = dataclasses.replace(config, envs=config.envs // devices)
-    return make(config, env, **networks), make(share, env, axis_name=AXIS, **networks)
+def share(config: Any, devices: int) -> Any:
+    """The config of one device: its part of environments, memory and minibatches.
+
+    Raises:
+      ValueError: environments or minibatches that do not divide.
+    """
+    sizes = {name: getattr(config, name) for name in ("envs", "batch", "capacity") if hasattr(config, name)}
+    for name, size in sizes.items():
+        if name != "capacity" and size % devices:
+            raise ValueError(f"{name} is {size}, expected a multiple of the {devices} devices of axis {AXIS!r}")
+    return dataclasses.replace(config, **{name: size // devices for name, size in sizes.items()})
 
 
-def _on_environments(f: Callable, state: State) -> State:
-    """f of every leaf that has a row for each environment."""
-    rewards = state.rewards and state.rewards._replace(returns=f(state.rewards.returns))
-    return state._replace(
-        interaction=jax.tree.map(f, state.interaction),
-        critic_memory=jax.tree.map(f, state.critic_memory),
-        rewards=rewards,
-    )
+def doubled(config: Any) -> Any:
+    """The config with twice the environments, and so much more memory of them."""
+    names = [name for name in ("envs", "capacity", "warmup") if hasattr(config, name)]
+    return dataclasses.replace(config, **{name: 2 * getattr(config, name) for name in names})
 
 
-def _specs(state: State) -> State:
-    """Where each leaf lies: rows of environments over the devices, all else on each."""
-    everywhere = jax.tree.map(lambda _: PartitionSpec(), state)
-    return _on_environments(lambda _: PartitionSpec(AXIS), everywhere)
+def layout(init: Callable, twice: Callable) -> Any:
+    """Where each leaf of a state lies, as PartitionSpecs: what is of an environment over the devices, all else on each.
+
+    A dimension that grows with the number of environments is theirs.
+
+    Args:
+      init: `() -> state`.
+      twice: the same of the `doubled` config.
+    """
+
+    def spec(x, other):
+        grown = [i for i, (n, m) in enumerate(zip(x.shape, other.shape, strict=True)) if m != n]
+        return PartitionSpec(*[None] * grown[0], AXIS) if grown else PartitionSpec()
+
+    return jax.tree.map(spec, jax.eval_shape(init), jax.eval_shape(twice))
+
+
+def _agents(make, config, env, devices, options) -> tuple[Agent, Callable, Any]:
+    """The agent of all devices, the step of one, and the layout of the state between the two."""
+    whole, twice = (make(c, env, **options) for c in (config, doubled(config)))
+    part = make(share(config, devices), env, axis_name=AXIS, **options)
+
+    def step(state):
+        state, metrics = part.step(_trees(state))
+        return _flat(state), metrics
+
+    key = jax.random.key(0)
+    return whole, step, layout(lambda: _flat(whole.init(key)), lambda: _flat(twice.init(key)))
+
+
+def _flat(state: Any) -> Any:
+    """The state with priorities [slots, streams] in the place of their sum tree, in which streams cannot be told."""
+
+    def flat(x):
+        if not isinstance(x, Prioritised):
+            return x
+        slots, streams = ring.shape(x.ring)
+        return x._replace(tree=prioritised.priorities(x, jnp.arange(slots * streams)).reshape(slots, streams))
+
+    return jax.tree.map(flat, state, is_leaf=lambda x: isinstance(x, Prioritised))
+
+
+def _trees(state: Any) -> Any:
+    """The inverse of `_flat`."""
+
+    def tree(x):
+        if not isinstance(x, Prioritised):
+            return x
+        slots, streams = x.tree.shape
+        empty = prioritised.init((), slots=slots, streams=streams)
+        filled = prioritised.update(empty, jnp.arange(x.tree.size), x.tree.reshape(-1))
+        return x._replace(tree=filled.tree)
+
+    return jax.tree.map(tree, state, is_leaf=lambda x: isinstance(x, Prioritised))

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl.agents import continuous, replay
+from jaxrl.agents import continuous, devices, replay
 from jaxrl.agents.agent import Agent
 from jaxrl.agents.replay import Batch, Learnt
 from jaxrl.envs.env import Env
@@ -74,8 +74,9 @@ def make(
     *,
     memory: replay.Memory | None = None,
     constrain: Callable = lambda batch: batch,
+    axis_name: str | None = None,
 ) -> Agent:
-    """The agent; `memory` is uniform replay if not given, `constrain` as in `replay.make`."""
+    """The agent; `memory` is uniform replay if not given, the others as in `replay.make`."""
     continuous.check("ddpg", env)
     critics = continuous.critics(env, count=config.critics, sizes=config.hidden)
     actor = continuous.deterministic_actor(env, sizes=config.hidden)
@@ -83,6 +84,7 @@ def make(
         "actor": optax.flatten(optax.adam(config.actor_learning_rate)),
         "critic": optax.flatten(optax.adam(config.learning_rate)),
     }
+    optimizers = {part: devices.averaging(own, axis_name) for part, own in optimizers.items()}
     dim = env.action_space.shape[0]
     mu = lambda params, observation: actor.step(params, observation, ())[0]
 
@@ -97,12 +99,14 @@ def make(
 
     def uniform(params, observation, key, env_steps):
         n = jax.tree.leaves(observation)[0].shape[0]
-        action = jax.random.uniform(key, (n, dim), minval=-1.0, maxval=1.0)
+        draw = lambda n: jax.random.uniform(key, (n, dim), minval=-1.0, maxval=1.0)
+        action = devices.rows(draw, n, axis_name)
         return continuous.to_bounds(env.action_space, action), action
 
     def explore(params, observation, key, env_steps):
         action = mu(params["actor"], observation)
-        action = jnp.clip(action + config.noise * jax.random.normal(key, action.shape), -1.0, 1.0)
+        noise = devices.rows(lambda n: jax.random.normal(key, (n, dim)), action.shape[0], axis_name)
+        action = jnp.clip(action + config.noise * noise, -1.0, 1.0)
         return continuous.to_bounds(env.action_space, action), action
 
     def noise(key):
@@ -144,7 +148,8 @@ def make(
         return replay.over_minibatches(update, learnt, batch, noise)
 
     learner = replay.Learner(init, explore, uniform, noise, learn, act, config.hold)
-    return replay.make(env, learner, config, memory or replay.uniform(config.n_step), constrain=constrain)
+    memory = memory or replay.uniform(config.n_step)
+    return replay.make(env, learner, config, memory, constrain=constrain, axis_name=axis_name)
 
 
 def smoothed(action: jax.Array, noise: jax.Array, *, std: jax.Array | float, clip: jax.Array | float) -> jax.Array:

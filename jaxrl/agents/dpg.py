@@ -37,8 +37,10 @@ class DPGConfig:
     """Features of the hidden layers."""
 
 
-def make(config: DPGConfig, env: Env, *, constrain: Callable = lambda batch: batch) -> Agent:
-    """The agent; `constrain` as in `replay.make`."""
+def make(
+    config: DPGConfig, env: Env, *, constrain: Callable = lambda batch: batch, axis_name: str | None = None
+) -> Agent:
+    """The agent; `constrain` and `axis_name` as in `replay.make`."""
     own: dict[str, Any] = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     own |= {"batch": config.envs, "capacity": config.envs, "warmup": config.envs, "target_rate": 1.0}
-    return ddpg.make(ddpg.DDPGConfig(**own), env, memory=replay.latest(), constrain=constrain)
+    return ddpg.make(ddpg.DDPGConfig(**own), env, memory=replay.latest(), constrain=constrain, axis_name=axis_name)

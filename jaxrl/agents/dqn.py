@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl.agents import networks, on_policy, replay
+from jaxrl.agents import devices, networks, on_policy, replay
 from jaxrl.agents.agent import Agent
 from jaxrl.agents.replay import Batch, Learnt
 from jaxrl.envs.env import Discrete, Env
@@ -89,8 +89,9 @@ def make(
     *,
     network: networks.Network | None = None,
     constrain: Callable = lambda batch: batch,
+    axis_name: str | None = None,
 ) -> Agent:
-    """The agent; `network` maps observations to values [..., A] (default: an MLP), `constrain` as `replay.make`."""
+    """The agent; `network` maps observations to values [..., A] (default: an MLP), the others as `replay.make`."""
     if not isinstance(env.action_space, Discrete):
         raise ValueError(f"dqn needs discrete actions, {env.name} has {env.action_space}; use ddpg, td3 or sac")
     network = network or q_network(config, env)
@@ -98,6 +99,7 @@ def make(
     optimizer = optax.flatten(optax.scale_by_adam())
     if config.max_grad_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optimizer)
+    optimizer = devices.averaging(optimizer, axis_name)
     q = lambda params, observation: network.step(params, observation, ())[0]
 
     def init(key):
@@ -109,15 +111,15 @@ def make(
 
     def uniform(params, observation, key, env_steps):
         n = jax.tree.leaves(observation)[0].shape[0]
-        action = jax.random.randint(key, (n,), 0, actions)
+        action = devices.rows(lambda n: jax.random.randint(key, (n,), 0, actions), n, axis_name)
         return action, action
 
     def explore(params, observation, key, env_steps):
         random_key, which_key = jax.random.split(key)
         random, _ = uniform(params, observation, random_key, env_steps)
         greedy = jnp.argmax(q(params, observation), axis=-1).astype(jnp.int32)
-        at_random = jax.random.uniform(which_key, random.shape) < epsilon(config, env_steps)
-        action = jnp.where(at_random, random, greedy)
+        chance = devices.rows(lambda n: jax.random.uniform(which_key, (n,)), greedy.shape[0], axis_name)
+        action = jnp.where(chance < epsilon(config, env_steps), random, greedy)
         return action, action
 
     def update(rate, learnt, now, noise):
@@ -141,7 +143,7 @@ def make(
 
     def learn(learnt, batch, noise, before, after):
         q_target = q(learnt.target, batch.successor)  # the target network rests during a round
-        done = before / (config.envs * config.steps * config.rounds)
+        done = before / (config.envs * config.steps * config.rounds * devices.count(axis_name))
         paced = functools.partial(update, on_policy.annealed(config.learning_rate, done, config.anneal))
         learnt, errors, metrics = replay.over_minibatches(paced, learnt, (batch, q_target), noise)
         due = replay.crossings(before, after, config.target_every) > 0
@@ -150,9 +152,9 @@ def make(
 
     memory = replay.uniform(config.n_step)
     if config.prioritised:
-        memory = replay.proportional(config.n_step, alpha=config.alpha, beta=config.beta)
+        memory = replay.proportional(config.n_step, alpha=config.alpha, beta=config.beta, axis_name=axis_name)
     learner = replay.Learner(init, explore, uniform, lambda key: (), learn, act)
-    return replay.make(env, learner, config, memory, constrain=constrain)
+    return replay.make(env, learner, config, memory, constrain=constrain, axis_name=axis_name)
 
 
 def td_errors(q_tm1: jax.Array, batch: Batch, q_value: jax.Array, q_selector: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl import returns
-from jaxrl.agents import interact, networks
+from jaxrl.agents import devices, interact, networks
 from jaxrl.agents.agent import Agent
 from jaxrl.agents.networks import Network
 from jaxrl.distributions import Categorical
@@ -79,7 +79,13 @@ class Batch(NamedTuple):
     successor: Any
 
 
-def make(config: OffPolicyActorCriticConfig, env: Env, *, behaviour: Callable | None = None) -> Agent:
+def make(
+    config: OffPolicyActorCriticConfig,
+    env: Env,
+    *,
+    behaviour: Callable | None = None,
+    axis_name: str | None = None,
+) -> Agent:
     """The agent.
 
     Args:
@@ -87,12 +93,15 @@ def make(config: OffPolicyActorCriticConfig, env: Env, *, behaviour: Callable | 
       env: one environment with its time limit; discrete actions.
       behaviour: `(policy, observation [N, ...]) -> Categorical`, never zero where the policy is not; None mixes the
         policy with the uniform one.
+      axis_name: a mapped axis of devices, each with `config.envs` environments, that learn together.
     """
     if not isinstance(env.action_space, Discrete):
         raise ValueError(f"off_policy_actor_critic needs discrete actions, {env.name} has {env.action_space}")
     actor = networks.actor(env.observation_space, env.action_space, sizes=config.hidden)
     critic = networks.critic(env.observation_space, sizes=config.hidden)
     optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.adam(config.learning_rate, eps=1e-5))
+    optimizer = devices.averaging(optimizer, axis_name)
+    actions = env.action_space.n
     behaviour = behaviour or (lambda policy, observation: mixed(policy, config.explore))
 
     def init(key: jax.Array) -> State:
@@ -112,13 +121,15 @@ def make(config: OffPolicyActorCriticConfig, env: Env, *, behaviour: Callable | 
     def step(state: State, data: Any = None) -> tuple[State, dict[str, jax.Array]]:
         noise_key, env_key = jax.random.split(jax.random.fold_in(state.key, state.step + 1))
         noise, to_key = interact.key_numbers(jax.random.split(noise_key, config.steps))
+        env_keys = devices.rows(lambda n: jax.random.split(env_key, n), config.envs, axis_name)
 
         def behave(observation, mask, memory, noise):
             chosen = behaviour(policy_of(state.params, observation, mask), observation)
-            action = jax.random.categorical(to_key(noise), chosen.logits)
+            drawn = devices.rows(lambda n: Categorical.noise(to_key(noise), (n, actions)), config.envs, axis_name)
+            action = chosen.sample(drawn)
             return action, (), chosen.log_prob(action)
 
-        interaction, seen = interact.collect(env, behave, state.interaction, env_key, steps=config.steps, noise=noise)
+        interaction, seen = interact.collect(env, behave, state.interaction, env_keys, steps=config.steps, noise=noise)
         flags = seen.terminated, seen.truncated
         batch = Batch(seen.observation, seen.mask, seen.action, seen.extras, seen.reward, *flags, seen.successor)
         gradient, metrics = jax.grad(lambda params: loss(config, actor, critic, params, batch), has_aux=True)(
@@ -126,7 +137,8 @@ def make(config: OffPolicyActorCriticConfig, env: Env, *, behaviour: Callable | 
         )
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        return State(state.step + 1, state.key, params, optimizer_state, interaction), metrics | interact.episodes(seen)
+        row = devices.mean(metrics, axis_name) | interact.episodes(seen, axis_name=axis_name)
+        return State(state.step + 1, state.key, params, optimizer_state, interaction), row
 
     return Agent(init, step, act, lambda: (), config.envs * config.steps)
 

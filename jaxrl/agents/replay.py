@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl.agents import interact
+from jaxrl.agents import devices, interact
 from jaxrl.agents.agent import Agent
 from jaxrl.buffers import prioritised, ring
 from jaxrl.envs.env import Env
@@ -124,9 +124,18 @@ def uniform(length: int = 1) -> Memory:
 
 
 def proportional(
-    length: int = 1, *, alpha: jax.Array | float = 0.6, beta: jax.Array | float = 0.4, eps: float = 1e-6
+    length: int = 1,
+    *,
+    alpha: jax.Array | float = 0.6,
+    beta: jax.Array | float = 0.4,
+    eps: float = 1e-6,
+    axis_name: str | None = None,
 ) -> Memory:
-    """Prioritised replay: priorities (|TD error| + eps)^alpha, importance weights to the power of beta."""
+    """Prioritised replay: priorities (|TD error| + eps)^alpha, importance weights to the power of beta.
+
+    With an `axis_name` each device draws by the priorities of its own items and divides weights by its own largest;
+    new items get the largest priority of all devices.
+    """
 
     def extend(buffer, items):
         add = lambda buffer, moment: (prioritised.add(buffer, moment, length=length), None)
@@ -134,7 +143,8 @@ def proportional(
 
     def update(buffer, index, errors, learning):
         new = (jnp.abs(errors) + eps) ** jnp.asarray(alpha, jnp.float32)
-        return prioritised.update(buffer, index, jnp.where(learning, new, prioritised.priorities(buffer, index)))
+        buffer = prioritised.update(buffer, index, jnp.where(learning, new, prioritised.priorities(buffer, index)))
+        return buffer if axis_name is None else buffer._replace(largest=jax.lax.pmax(buffer.largest, axis_name))
 
     init = lambda item, slots, streams: prioritised.init(item, slots=slots, streams=streams)
     draw = lambda buffer, key, n: prioritised.sample(buffer, key, n, beta=beta, length=length)
@@ -172,7 +182,13 @@ class State(NamedTuple):
 
 
 def make(
-    env: Env, learner: Learner, config: Config, memory: Memory, *, constrain: Callable = lambda batch: batch
+    env: Env,
+    learner: Learner,
+    config: Config,
+    memory: Memory,
+    *,
+    constrain: Callable = lambda batch: batch,
+    axis_name: str | None = None,
 ) -> Agent:
     """An agent from its learner.
 
@@ -182,13 +198,14 @@ def make(
       config: sizes of a round and of the memory.
       memory: `uniform` or `proportional`. Priorities change once a round, after its updates.
       constrain: puts a `Batch`, leaves [U, B, ...], onto a mesh (`anakin.spread`); the identity on one device.
+      axis_name: a mapped axis of devices that learn together. `envs`, `capacity` and `batch` are those of one device;
+        environment steps are counted over all of them, as in `warmup`. The learner averages its gradients.
 
     Raises:
       ValueError: sizes that do not fit each other, or an environment with action masks.
     """
     slots = config.capacity // config.envs
     _check(env, config, memory.length, slots)
-    per_round = config.envs * config.steps
 
     def init(key: jax.Array) -> State:
         purposes = [jax.random.fold_in(jax.random.fold_in(key, 0), purpose) for purpose in (0, 1)]
@@ -210,14 +227,14 @@ def make(
     def noise_keys(key, base, before):
         if learner.hold == 1:
             return jax.random.split(key, config.steps)
-        times = before // config.envs + jnp.arange(config.steps)
+        times = before // (config.envs * devices.count(axis_name)) + jnp.arange(config.steps)
         return jax.vmap(lambda time: jax.random.fold_in(base, time // learner.hold))(times)
 
     def one_round(carry, now):
         learnt, interaction, buffer = carry
-        key, base, before, learning_noise = now
+        key, base, before, after, learning_noise = now
         act_key, env_key, draw_key = jax.random.split(key, 3)
-
+        env_keys = devices.rows(lambda n: jax.random.split(env_key, n), config.envs, axis_name)
         noise, to_key = interact.key_numbers(noise_keys(act_key, base, before))
 
         def act(observation, mask, _, noise):
@@ -229,10 +246,9 @@ def make(
             action, stored = jax.lax.cond(before < config.warmup, *choices)
             return action, (), stored
 
-        interaction, trajectory = interact.collect(env, act, interaction, env_key, steps=config.steps, noise=noise)
+        interaction, trajectory = interact.collect(env, act, interaction, env_keys, steps=config.steps, noise=noise)
         buffer = memory.extend(buffer, _transitions(trajectory))
-        after = before + per_round
-        batch, index = draw(buffer, draw_key)
+        batch, index = draw(buffer, devices.own(draw_key, axis_name))
 
         def learn():
             return learner.learn(learnt, batch, learning_noise, before, after)
@@ -252,20 +268,23 @@ def make(
         now = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
         round_key, noise_key = jax.random.split(now)
         keys = jax.random.split(round_key, config.rounds)
+        per_round = config.envs * config.steps * devices.count(axis_name)
         before = (state.step * config.rounds + jnp.arange(config.rounds)) * per_round
         carry = (state.learnt, state.interaction, state.buffer)
+        noise_key = devices.own(noise_key, axis_name)
         noise = jax.vmap(learner.noise)(jax.random.split(noise_key, config.rounds * config.updates))
         noise = jax.tree.map(lambda x: x.reshape(config.rounds, config.updates, *x.shape[1:]), noise)
         numbers, to_key = interact.key_numbers(keys)
         base = jax.random.fold_in(state.key, 2)
         play = lambda carry, now: one_round(carry, (to_key(now[0]), base, *now[1:]))
-        carry, (ends, learning, metrics) = jax.lax.scan(play, carry, (numbers, before, noise))
+        carry, (ends, learning, metrics) = jax.lax.scan(play, carry, (numbers, before, before + per_round, noise))
         learnt, interaction, buffer = carry
         mean = lambda x: jnp.where(learning, x, 0.0).sum() / learning.sum(dtype=jnp.float32)
-        metrics = interact.episodes(ends) | jax.tree.map(mean, metrics)
+        metrics = devices.mean(jax.tree.map(mean, metrics), axis_name)
+        metrics = interact.episodes(ends, axis_name=axis_name) | metrics
         return State(state.step + 1, state.key, learnt, interaction, buffer), metrics
 
-    return Agent(init, step, learner.act, lambda: (), per_round * config.rounds)
+    return Agent(init, step, learner.act, lambda: (), config.envs * config.steps * config.rounds)
 
 
 def n_step_transition(

@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl.agents import continuous, networks, replay
+from jaxrl.agents import continuous, devices, networks, replay
 from jaxrl.agents.agent import Agent
 from jaxrl.agents.replay import Batch, Learnt
-from jaxrl.distributions import TanhGaussian
+from jaxrl.distributions import Categorical, TanhGaussian
 from jaxrl.envs.env import Discrete, Env
 from jaxrl.losses import td
 from jaxrl.losses.continuous import expected_soft_value, soft_value, temperature_loss
@@ -76,9 +76,9 @@ class Soft(NamedTuple):
 
     `actor`: a `Network`. `init`: `(key) -> params` of the critics. `q`: `(params, observation, action) -> [K, B]`.
     `noise`: `(key) -> noise` of one `value`. `value`: `(critic params, distribution, observation, noise, temperature)
-    -> (v [B], entropy [B])`, the entropy exact or estimated from the draw. `uniform`: `(key, n) -> action`, `draw`:
-    `(distribution, key) -> action`, `mode`: `(distribution) -> action`, as they are remembered; `to_env`: from that to
-    the environment's.
+    -> (v [B], entropy [B])`, the entropy exact or estimated from the draw. `uniform`: `(key, n) -> action`, `numbers`:
+    `(key, *n) -> noise` of n draws (of one, without n), `draw`: `(distribution, noise) -> action`, `mode`:
+    `(distribution) -> action`, as they are remembered; `to_env`: from that to the environment's.
     """
 
     actor: networks.Network
@@ -87,14 +87,17 @@ class Soft(NamedTuple):
     noise: Callable
     value: Callable
     uniform: Callable
+    numbers: Callable
     draw: Callable
     mode: Callable
     to_env: Callable
     target_entropy: float
 
 
-def make(config: SACConfig, env: Env, *, constrain: Callable = lambda batch: batch) -> Agent:
-    """The agent; `constrain` as in `replay.make`."""
+def make(
+    config: SACConfig, env: Env, *, constrain: Callable = lambda batch: batch, axis_name: str | None = None
+) -> Agent:
+    """The agent; `constrain` and `axis_name` as in `replay.make`."""
     soft = discrete(config, env) if isinstance(env.action_space, Discrete) else gaussian(config, env)
     target_entropy = soft.target_entropy if config.target_entropy is None else config.target_entropy
     optimizers = {
@@ -102,6 +105,7 @@ def make(config: SACConfig, env: Env, *, constrain: Callable = lambda batch: bat
         "critic": optax.flatten(optax.adam(config.learning_rate)),
         "log_temperature": optax.adam(config.learning_rate),
     }
+    optimizers = {part: devices.averaging(own, axis_name) for part, own in optimizers.items()}
     policy = lambda params, observation: soft.actor.step(params, observation, ())[0]
 
     def init(key):
@@ -117,15 +121,18 @@ def make(config: SACConfig, env: Env, *, constrain: Callable = lambda batch: bat
 
     def act(params, observation, memory, key):
         distribution = policy(params["actor"], observation)
-        action = soft.mode(distribution) if key is None else soft.draw(distribution, key)
+        action = soft.mode(distribution) if key is None else soft.draw(distribution, soft.numbers(key))
         return soft.to_env(action), memory
 
     def uniform(params, observation, key, env_steps):
-        action = soft.uniform(key, jax.tree.leaves(observation)[0].shape[0])
+        n = jax.tree.leaves(observation)[0].shape[0]
+        action = devices.rows(lambda n: soft.uniform(key, n), n, axis_name)
         return soft.to_env(action), action
 
     def explore(params, observation, key, env_steps):
-        action = soft.draw(policy(params["actor"], observation), key)
+        n = jax.tree.leaves(observation)[0].shape[0]
+        noise = devices.rows(lambda n: soft.numbers(key, n), n, axis_name)
+        action = soft.draw(policy(params["actor"], observation), noise)
         return soft.to_env(action), action
 
     def noise(key):
@@ -163,7 +170,8 @@ def make(config: SACConfig, env: Env, *, constrain: Callable = lambda batch: bat
         return replay.over_minibatches(update, learnt, batch, noise)
 
     learner = replay.Learner(init, explore, uniform, noise, learn, act, config.hold)
-    return replay.make(env, learner, config, replay.uniform(config.n_step), constrain=constrain)
+    memory = replay.uniform(config.n_step)
+    return replay.make(env, learner, config, memory, constrain=constrain, axis_name=axis_name)
 
 
 def gaussian(config: SACConfig, env: Env) -> Soft:
@@ -187,7 +195,8 @@ def gaussian(config: SACConfig, env: Env) -> Soft:
         noise=lambda key: TanhGaussian.noise(key, (config.batch, dim)),
         value=value,
         uniform=lambda key, n: jax.random.uniform(key, (n, dim), minval=-1.0, maxval=1.0),
-        draw=lambda policy, key: policy.squash(policy.sample(policy.noise(key, policy.mean.shape))),
+        numbers=lambda key, *n: TanhGaussian.noise(key, (*n, dim)),
+        draw=lambda policy, noise: policy.squash(policy.sample(noise)),
         mode=lambda policy: policy.squash(policy.mode()),
         to_env=lambda action: continuous.to_bounds(env.action_space, action),
         target_entropy=-float(dim),
@@ -217,7 +226,8 @@ def discrete(config: SACConfig, env: Env) -> Soft:
         noise=lambda key: (),
         value=value,
         uniform=lambda key, n: jax.random.randint(key, (n,), 0, actions),
-        draw=lambda policy, key: policy.sample(policy.noise(key, policy.logits.shape)),
+        numbers=lambda key, *n: Categorical.noise(key, (*n, actions)),
+        draw=lambda policy, noise: policy.sample(noise),
         mode=lambda policy: policy.mode(),
         to_env=lambda action: action,
         target_entropy=0.7 * math.log(actions),

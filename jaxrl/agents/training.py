@@ -10,17 +10,21 @@ The pure functions this is made of are the agents' own; write your own loop arou
 
 import contextlib
 import dataclasses
+import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
-from jaxrl import checkpoint, config, envs, loop, metrics, plots, runs, statistics
-from jaxrl.agents import catalogue, film, population
+from jaxrl import checkpoint, config, envs, loop, metrics, parallel, plots, runs, statistics
+from jaxrl.agents import anakin, catalogue, film, population
 from jaxrl.agents.presets import PRESETS
 from jaxrl.display import Display, metrics_line
+from jaxrl.parallel import faults
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +51,8 @@ class AgentRun:
     """Checkpoints in the course of a run."""
     keep: int = 2
     """Checkpoints kept."""
+    mesh: str = ""
+    """Devices that share the environments of each member, such as data=8; auto is all of them, empty is one."""
 
 
 class Outcome(NamedTuple):
@@ -79,12 +85,15 @@ def train(name: str, run: Any, *, resume: bool = False, display: Display | None 
 
     Raises:
       ValueError: on sizes, names or a folder that cannot serve, before anything is compiled or overwritten.
+      Preempted: told to stop (SIGTERM), after the round in progress and a checkpoint.
     """
     run = dataclasses.replace(run, out=run.out or f"runs/{name}-{run.env}".replace(":", "-"))
     folder, members = Path(run.out), members_of(run)
     people, rounds = gather(name, run, members)
     run = dataclasses.replace(run, round_steps=people.env_steps)
-    shapes = jax.eval_shape(people.init)
+    init, shapes = jax.jit(people.init), jax.eval_shape(people.init)
+    if run.mesh:
+        init, shapes = on_mesh(name, run, members)
     jax.eval_shape(people.round, shapes)  # what does not fit together is found before anything is written
     if resume:
         _check_same_rounds(folder, run)
@@ -93,7 +102,7 @@ def train(name: str, run: Any, *, resume: bool = False, display: Display | None 
     if checkpoint.steps(folder / runs.CHECKPOINTS):
         state, done = checkpoint.restore(folder / runs.CHECKPOINTS, shapes)
     else:
-        state, done = jax.jit(people.init)(), 0
+        state, done = init(), 0
     folder.mkdir(parents=True, exist_ok=True)
     runs.write_config(folder, name, run)
     log = metrics.MetricsLog(folder / runs.METRICS, after_step=done * people.env_steps)
@@ -102,7 +111,7 @@ def train(name: str, run: Any, *, resume: bool = False, display: Display | None 
     evaluate = jax.jit(people.evaluate)
     save_every = max(1, rounds // max(run.saves, 1))
 
-    with contextlib.nullcontext(display) if display else Display() as view:
+    with contextlib.nullcontext(display) if display else Display() as view, faults.preemption() as told_to_stop:
         view.stage(f"{name} on {run.env}", steps=rounds * people.env_steps, done=done * people.env_steps)
         compiled = 0.0
         try:
@@ -126,8 +135,12 @@ def train(name: str, run: Any, *, resume: bool = False, display: Display | None 
                 view.update(done * people.env_steps, row, rate=f"{rate:,.0f} env steps/s")
                 if done % max(1, rounds // 10) == 0 or done == rounds:
                     view.note(f"  {done * people.env_steps:>10,} steps: {metrics_line(row)}")
-                if done % save_every == 0 or done == rounds:
+                stop = told_to_stop()
+                if done % save_every == 0 or done == rounds or stop:
                     checkpoint.save(folder / runs.CHECKPOINTS, done, state, keep=run.keep)
+                if stop and done < rounds:
+                    view.note(f"told to stop; go on with: jaxrl train {name} --resume {folder}")
+                    raise faults.Preempted()
         except KeyboardInterrupt:
             view.note(f"interrupted; go on with: jaxrl train {name} --resume {folder}")
             raise
@@ -178,6 +191,8 @@ def gather(name: str, run: Any, members: list[dict[str, float]]) -> tuple[popula
     """The population of a run, and the rounds it takes. An `anneal` of -1 in the agent's config becomes the run's."""
     env = envs.make(run.env)
     make_agent = catalogue.find(name).make
+    if run.mesh:
+        make_agent = functools.partial(anakin.spread, make_agent, mesh=mesh_of(run))
     agent = run.agent if getattr(run.agent, "anneal", 0) != -1 else dataclasses.replace(run.agent, anneal=0)
     of_update = make_agent(agent, env).env_steps
     updates = -(-run.env_steps // of_update)
@@ -187,6 +202,34 @@ def gather(name: str, run: Any, members: list[dict[str, float]]) -> tuple[popula
         agent = dataclasses.replace(agent, anneal=rounds * each)
     people = population.make(make_agent, agent, env, members, updates=each, episodes=run.episodes)
     return people, rounds
+
+
+def mesh_of(run: AgentRun) -> jax.sharding.Mesh:
+    """The mesh that a run names.
+
+    Raises:
+      ValueError: one that does not fit the devices, or that has an axis other than `data`.
+    """
+    mesh = parallel.make_mesh("" if run.mesh == "auto" else run.mesh)
+    others = [name for name, size in mesh.shape.items() if size > 1 and name != anakin.AXIS]
+    if others:
+        raise ValueError(
+            f"mesh {run.mesh!r} has devices on {', '.join(others)}; agents divide their environments over the axis "
+            f"{anakin.AXIS!r} alone: --mesh {anakin.AXIS}={mesh.size}"
+        )
+    return mesh
+
+
+def on_mesh(name: str, run: Any, members: list[dict[str, float]]) -> tuple[Callable, Any]:
+    """(what makes a population laid out on the run's mesh, the shapes and places of its state)."""
+    whole, twice = (
+        gather(name, dataclasses.replace(run, agent=agent), members)[0].init
+        for agent in (run.agent, anakin.doubled(run.agent))
+    )
+    specs = anakin.layout(whole, twice)
+    places = jax.tree.map(lambda spec: NamedSharding(mesh_of(run), spec), specs)
+    place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    return jax.jit(whole, out_shardings=places), jax.tree.map(place, jax.eval_shape(whole), places)
 
 
 def open_run(folder: str | Path) -> tuple[str, Any, population.Population, population.Members]:
@@ -199,6 +242,7 @@ def open_run(folder: str | Path) -> tuple[str, Any, population.Population, popul
     if name not in catalogue.AGENTS:
         raise ValueError(f"{folder} is a run of {name}, not of an agent ({', '.join(catalogue.AGENTS)})")
     run = config.from_json(options(name, values["env"]), values, source=f"{folder}/{runs.CONFIG}")
+    run = dataclasses.replace(run, mesh="")  # to look at it, one device will do
     people, _ = gather(name, run, members_of(run))
     state, _ = checkpoint.restore(Path(folder) / runs.CHECKPOINTS, jax.eval_shape(people.init))
     return name, run, people, state

@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 
-from jaxrl import cli, commands, envs, metrics
+from jaxrl import checkpoint, cli, commands, envs, metrics
 from jaxrl.agents import catalogue, film, population, ppo, training
 from jaxrl.agents.evaluate import evaluate
 
@@ -68,16 +72,117 @@ def test_resumed_is_uninterrupted(tmp_path, monkeypatch):
         patch.setattr(training, "metrics_line", interrupt)
         training.train("ppo", small(tmp_path / "cut", env_steps=96))
     resumed = training.train("ppo", small(tmp_path / "cut", env_steps=96), resume=True)
-    same = lambda a, b: np.array_equal(*(jax.random.key_data(x) if _is_key(x) else x for x in (a, b)))
-    assert jax.tree.all(jax.tree.map(same, whole.members, resumed.members))
+    assert same(whole.members, resumed.members)
     logs = [list(metrics.read(outcome.folder / "metrics.jsonl")) for outcome in (whole, resumed)]
     timed = ("time/elapsed", "throughput/env_steps_per_second")
     bare = [[{k: v for k, v in row.items() if k not in timed} for row in log] for log in logs]
     assert bare[0] == bare[1]
 
 
-def _is_key(x):
-    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+def same(members, others):
+    bare = lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    return jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(bare(a), bare(b)), members, others))
+
+
+def test_told_to_stop_it_saves_and_goes_on_bitwise(tmp_path, monkeypatch, capsys):
+    """SIGTERM in the second of four rounds, between the checkpoints that were due."""
+    flags = ["--env-steps", "64", "--round-steps", "16", "--episodes", "2", "--saves", "1", "--agent.envs", "2"]
+    flags += ["--agent.steps", "8", "--agent.minibatches", "1", "--agent.epochs", "1"]
+    assert cli.main(["train", "ppo", *flags, "--out", str(tmp_path / "whole")]) == 0
+    real, calls = training.metrics_line, []
+
+    def tell(row):
+        calls.append(row)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return real(row)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(training, "metrics_line", tell)
+        cli.main(["train", "ppo", *flags, "--out", str(tmp_path / "cut")])
+    signal.signal(signal.SIGTERM, before)  # it stays deaf until the process has ended
+    assert stopped.value.code == 75 and len(calls) == 2
+    assert f"told to stop; go on with: jaxrl train ppo --resume {tmp_path}/cut" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert checkpoint.steps(tmp_path / "cut" / "checkpoints") == [2]
+    assert cli.main(["train", "ppo", "--resume", str(tmp_path / "cut")]) == 0
+    whole, cut = (training.open_run(tmp_path / name)[-1] for name in ("whole", "cut"))
+    assert same(whole, cut) and int(cut.step) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["", "data=8"])
+def test_sigterm_to_a_process(mesh, tmp_path):
+    """Wherever in its rounds it is."""
+    words = [sys.executable, "-m", "jaxrl.cli", "train", "dqn"]
+    flags = ["--env-steps", "4000", "--round-steps", "100", "--episodes", "2", "--saves", "1", "--mesh", mesh]
+    for name, value in {"envs": 8, "batch": 16, "rounds": 5, "warmup": 80, "capacity": 800, "anneal": 0}.items():
+        flags += [f"--agent.{name}", str(value)]
+    subprocess.run([*words, *flags, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
+    cut = tmp_path / "cut"
+    with subprocess.Popen([*words, *flags, "--out", str(cut)], stdout=subprocess.DEVNULL) as process:
+        log, until = cut / "metrics.jsonl", time.monotonic() + 120
+        while not (log.exists() and log.read_text().count("\n") >= 3) and time.monotonic() < until:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 75
+    (done,) = checkpoint.steps(cut / "checkpoints")
+    assert 3 <= done < 50  # of 50 rounds, of which the last alone is saved undisturbed
+    subprocess.run([*words, "--resume", str(cut)], check=True, capture_output=True)
+    assert same(*(training.open_run(tmp_path / name)[-1] for name in ("whole", "cut")))
+
+
+MESHES = {
+    "ppo": (SMALL, "CartPole-v1"),
+    "dqn": (
+        catalogue.find("dqn").config(batch=16, rounds=4, warmup=16, capacity=64, hidden=(4,), prioritised=True),
+        "CartPole-v1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["ppo", pytest.param("dqn", marks=pytest.mark.slow)])
+def test_a_run_on_a_mesh(name, tmp_path):
+    """Two seeds on eight devices do what they do on one; a folder of either goes on on the other's devices."""
+    agent, env = MESHES[name]
+    run = dataclasses.replace(training.options(name, env), agent=dataclasses.replace(agent, envs=8))
+    run = dataclasses.replace(run, env_steps=128, round_steps=64, episodes=2, seeds=2)
+    on = lambda folder, mesh, **changes: dataclasses.replace(run, out=str(tmp_path / folder), mesh=mesh, **changes)
+    alone, many = training.train(name, on("one", "")), training.train(name, on("mesh", "data=8"))
+    for a, b in zip(
+        jax.tree.leaves(alone.members.agents.params), jax.tree.leaves(many.members.agents.params), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+    observation = many.members.agents.interaction.observation
+    assert {shard.data.shape for shard in observation.addressable_shards} == {(2, 1, 4)}
+    assert many.summary["config"]["mesh"] == "data=8"
+    written = many.folder / "config.json"
+    written.write_text(written.read_text().replace('"data=8"', '"data=16"'))  # of more devices than there are here
+    results = training.evaluate(many.folder, episodes=2)
+    assert [member["seed"] for member, _ in results] == [0, 1]
+    onward = training.train(name, on("mesh", "", env_steps=192), resume=True)
+    rest = training.train(name, on("one", "auto", env_steps=192), resume=True)
+    pair = [jax.tree.leaves(outcome.members.agents.params) for outcome in (onward, rest)]
+    assert [len(leaves[0].sharding.device_set) for leaves in pair] == [1, 8]
+    for a, b in zip(*pair, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "envs", "fault"),
+    [
+        ("fsdp=8", 8, "mesh 'fsdp=8' has devices on fsdp; agents divide .* 'data' alone: --mesh data=8"),
+        ("data=2,tensor=4", 8, "has devices on tensor"),
+        ("data=3", 8, "3 places for 8 devices"),
+        ("data=8", 12, "envs is 12, expected a multiple of the 8 devices of axis 'data'"),
+    ],
+)
+def test_meshes_that_agents_do_not_run_on(mesh, envs, fault, tmp_path):
+    with pytest.raises(ValueError, match=fault):
+        training.train("ppo", small(tmp_path / "never", mesh=mesh, agent=dataclasses.replace(SMALL, envs=envs)))
+    assert not (tmp_path / "never").exists()
 
 
 def test_a_longer_run_goes_on_where_the_shorter_one_ended(tmp_path):
