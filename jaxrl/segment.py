@@ -1,5 +1,6 @@
 """Segment Anything at work: masks of a user's image, and the clicks of a simulated user to train on.
 
+    config, params = load_sam(folder)                                  # as published
     seen = embed(config, params, image)                                # once for an image
     found = segment(config, params, seen, points=..., labels=...)      # for every click
 
@@ -10,10 +11,12 @@ training are [B, 4 h, 4 w], the resolution of the decoder's logits; points are (
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl.losses.segmentation import sam_loss
 from jaxrl.nets.vision.sam import (
@@ -28,9 +31,18 @@ from jaxrl.nets.vision.sam import (
     SAMConfig,
     prompt,
 )
+from jaxrl.nets.weights import folders
+from jaxrl.nets.weights import sam as weights
 
 MEAN, DEVIATION = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 """Of ImageNet's red, green and blue in 0 ... 255: what images are normalised with."""
+
+
+class Segmenter(NamedTuple):
+    """A published network: its config and its parameters."""
+
+    config: SAMConfig
+    params: Any
 
 
 class Embedded(NamedTuple):
@@ -53,6 +65,27 @@ class Segmentation(NamedTuple):
     ious: jax.Array
     stability: jax.Array
     logits: jax.Array
+
+
+def load_sam(where: str | Path, **changes) -> Segmenter:
+    """Opens a published Segment Anything.
+
+    Args:
+      where: a Hugging Face folder of model type sam, with config.json and *.safetensors.
+      changes: fields of `SAMConfig`, such as dtype="bfloat16".
+
+    Raises:
+      ValueError: nothing there, pickled weights, choices that are not built here, pictures prepared in another way
+        than `preprocess` does, or tensors that do not fit, all of them in one message.
+      ImportError: with the command to run, if `safetensors` is not installed.
+    """
+    folder = Path(where)
+    config, _ = folders.described(folder, weights.from_hugging_face, **changes)
+    how = folders.preparation(folder)
+    if how and not np.allclose([how.mean, how.deviation], np.array([MEAN, DEVIATION]) / 255, atol=1e-3):
+        raise ValueError(f"{folder} normalises pictures by {how.mean} and {how.deviation}, expected those of ImageNet")
+    load = partial(weights.from_checkpoint, config)
+    return Segmenter(config, folders.parameters(folder, load, ignored=weights.IGNORED))
 
 
 def preprocess(config: SAMConfig, image: jax.Array) -> tuple[jax.Array, tuple[int, int]]:

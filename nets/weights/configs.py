@@ -42,7 +42,7 @@ def from_hugging_face(config: Mapping[str, Any], **changes) -> TransformerConfig
     """
     kind = config.get("model_type")
     if kind not in CLASSES:
-        raise ValueError(f"model_type is {kind!r}, expected one of {', '.join(CLASSES)}")
+        raise ValueError(f"model_type is {kind!r}, expected one of {', '.join(CLASSES)}, gpt2, minimax")
     quantised = config.get("quantization_config") or {}
     blocks = quantised.get("quant_method") == "fp8" and quantised.get("weight_block_size") == [128, 128]
     if quantised and not blocks:  # FP8 in blocks is turned into floats where it is read

@@ -33,13 +33,15 @@ class Stored:
         return np.asarray(self.read(), dtype)
 
 
-def read_safetensors(where: str | Path) -> dict[str, Stored]:
+def read_safetensors(where: str | Path, *, ignored: tuple[str, ...] = ()) -> dict[str, Stored]:
     """The tensors of a checkpoint: checkpoint name -> `Stored`.
 
     Args:
       where: a `.safetensors` file, or a folder with `model.safetensors`, or with the files that
         `model.safetensors.index.json` names, or with one file of another name. Matrices of 8-bit floats (F8_E4M3) whose
         `NAME_scale_inv` has a factor for each block of 128 x 128 are read as float32, multiplied out.
+      ignored: endings of names whose tensors are left out, whatever their type: tables of integers that follow from
+        the config, which older files hold.
 
     Raises:
       ValueError: no such file; pickled weights; a file that is cut short or of another kind; a file or tensor that
@@ -52,11 +54,12 @@ def read_safetensors(where: str | Path) -> dict[str, Stored]:
     tensors: dict[str, Stored] = {}
     problems = []
     for file in files:
-        found, wrong = _open(file)
+        found, wrong = (_without(part, ignored) for part in _open(file))
         problems += [f"{name} in {file.name} is {kind}" for name, kind in wrong.items()]
         problems += [f"{name} is in {file.name} and in a file before it" for name in found if name in tensors]
         tensors |= found
-        missing = [name for name, shard in promised.items() if shard == file.name and name not in found]
+        expected = _without({name: shard for name, shard in promised.items() if shard == file.name}, ignored)
+        missing = [name for name in expected if name not in found]
         problems += [f"{name} is not in {file.name}, where {INDEX} says it is" for name in missing if name not in wrong]
     tensors, unscaled = _multiplied_out(tensors)
     problems += unscaled
@@ -66,6 +69,10 @@ def read_safetensors(where: str | Path) -> dict[str, Stored]:
             + "\n  ".join(problems)
         )
     return tensors
+
+
+def _without(named: dict[str, Any], endings: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name, value in named.items() if not name.endswith(endings)}
 
 
 def _multiplied_out(tensors: dict[str, Stored]) -> tuple[dict[str, Stored], list[str]]:

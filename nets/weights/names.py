@@ -1,12 +1,12 @@
 """Checkpoint names of decoders (Llama, Mistral, Qwen2, Qwen3, Mixtral, DeepSeek and their kin) and our paths."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxrl.nets.config import TransformerConfig
-from jaxrl.nets.transformer import Transformer
+from jaxrl.nets.transformer import Group, Transformer, groups, runs
 from jaxrl.nets.weights import maps
 from jaxrl.nets.weights.configs import model_type
 from jaxrl.nets.weights.maps import Place
@@ -84,7 +84,7 @@ def gguf_names(layers: int) -> dict[str, str]:
     return GGUF_MODEL | each
 
 
-def _experts(kind: str, number: int) -> dict[str, Place]:
+def expert_names(kind: str, number: int) -> dict[str, Place]:
     """Names of a layer's experts, as in `LAYER`."""
     layer, matrices, shared = EXPERTS[kind]
     return {
@@ -103,6 +103,25 @@ def _experts(kind: str, number: int) -> dict[str, Place]:
     }
 
 
+def stacks(config: TransformerConfig) -> list[tuple[str, tuple[int, ...]]]:
+    """Where each layer's parameters lie among ours: the path of its stack, and its place on the leading axes."""
+
+    def named(parts: tuple[Group, ...]) -> Iterator[tuple[str, Group]]:
+        for number, group in enumerate(parts):  # as `transformer.through` calls them
+            name = group.kinds[0].name if len(group.kinds) == 1 else "periods"
+            again = any(group.kinds == other.kinds for other in parts[:number])
+            yield (f"run_{number}_{name}" if again else name), group
+
+    found: list[tuple[str, tuple[int, ...]]] = []
+    for name, group in named(groups(config)):
+        if len(group.kinds) == 1:
+            found += [(name, (n,)) for n in range(group.repeats)]
+        else:
+            own = [(f"{name}/{inner}", n) for inner, run in named(runs(group.kinds)) for n in range(run.repeats)]
+            found += [(path, (period, n)) for period in range(group.repeats) for path, n in own]
+    return found
+
+
 def shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """Our parameter paths and shapes, as init makes them."""
     return maps.shapes(Transformer(config), np.zeros((1, 1), np.int32))
@@ -110,13 +129,12 @@ def shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
 
 def names(config: TransformerConfig) -> dict[str, Place]:
     """The map of a decoder: checkpoint name -> `Place`; what the config does not have is not in it."""
-    ours, kind, first = shapes(config), model_type(config), config.dense_layers
-    layer = LAYER | (_experts(kind, config.experts.experts) if config.experts else {})
+    ours, kind = shapes(config), model_type(config)
+    layer = LAYER | (expert_names(kind, config.experts.experts) if config.experts else {})
     found = {name: place for name, place in MODEL.items() if place.path in ours}
-    for i in range(config.layers):
-        stack, at = ("dense_layers", i) if i < first else ("layers", i - first)
+    for i, (stack, index) in enumerate(stacks(config)):
         found |= {
-            f"model.layers.{i}.{name}": place._replace(path=f"{stack}/{place.path}", index=(at, *place.index))
+            f"model.layers.{i}.{name}": place._replace(path=f"{stack}/{place.path}", index=(*index, *place.index))
             for name, place in layer.items()
             if f"{stack}/{place.path}" in ours
         }

@@ -1,10 +1,84 @@
-"""Checkpoint names of Segment Anything, as transformers' `SamModel` writes them, and our parameter paths."""
+"""Segment Anything as transformers' `SamModel` describes and stores it."""
 
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxrl.nets.vision.sam import SAM, prompt
 from jaxrl.nets.vision.sam_encoder import SAMConfig
+from jaxrl.nets.weights import maps
 from jaxrl.nets.weights.maps import Place, linear, norm
+from jaxrl.nets.weights.vit import side
 
+VISION = {  # transformers' values where a config.json leaves them out, those of ViT-B
+    "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "mlp_dim": None, "mlp_ratio": 4.0,
+    "global_attn_indexes": (2, 5, 8, 11), "window_size": 14, "image_size": 1024, "patch_size": 16,
+    "output_channels": 256,
+}  # fmt: skip
+PROMPT = {"mask_input_channels": 16}
+DECODER = {
+    "num_hidden_layers": 2, "num_attention_heads": 8, "mlp_dim": 2048, "attention_downsample_rate": 2,
+    "num_multimask_outputs": 3, "iou_head_hidden_dim": 256, "iou_head_depth": 3, "layer_norm_eps": 1e-6,
+}  # fmt: skip
 IGNORED = ("prompt_encoder.shared_embedding.positional_embedding",)
 """A second copy of the frequencies, in old files."""
+
+
+def from_hugging_face(config: Mapping[str, Any], **changes) -> SAMConfig:
+    """The network that a Hugging Face `config.json` of model type sam describes.
+
+    Args:
+      config: the parsed file.
+      changes: fields of SAMConfig to set, such as dtype or remat.
+
+    Raises:
+      ValueError: another architecture, or choices that are not built here, all in one message.
+    """
+    if config.get("model_type") != "sam":
+        raise ValueError(f"model_type is {config.get('model_type')!r}, expected 'sam'")
+    given = {name: config.get(f"{name}_config") or {} for name in ("vision", "prompt_encoder", "mask_decoder")}
+    v, p, d = VISION | given["vision"], PROMPT | given["prompt_encoder"], DECODER | given["mask_decoder"]
+    layers, seen = v["num_hidden_layers"], tuple(v["global_attn_indexes"])
+    every = seen[0] + 1 if seen else layers
+    shared = {"image_size": v["image_size"], "patch_size": v["patch_size"]}
+    wanted = {
+        "vision": {"hidden_act": "gelu", "qkv_bias": True, "use_abs_pos": True, "use_rel_pos": True, "num_channels": 3,
+                   "layer_norm_eps": 1e-6, "num_pos_feats": v["output_channels"] // 2,
+                   "global_attn_indexes": list(range(every - 1, layers, every))},
+        "prompt_encoder": {**shared, "hidden_act": "gelu", "num_point_embeddings": 4, "layer_norm_eps": 1e-6,
+                           "hidden_size": v["output_channels"]},
+        "mask_decoder": {"hidden_act": "relu", "hidden_size": v["output_channels"]},
+    }  # fmt: skip
+    wrong = [
+        f"{part}_config.{name} is {given[part][name]!r}, expected {value!r}"
+        for part, values in wanted.items()
+        for name, value in values.items()
+        if given[part].get(name, value) != value
+    ]
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    fields = {
+        "width": v["hidden_size"],
+        "layers": layers,
+        "heads": v["num_attention_heads"],
+        "global_every": every,
+        "ffn": v["mlp_dim"] or int(v["hidden_size"] * v["mlp_ratio"]),
+        "window": v["window_size"],
+        "image": side(v["image_size"]),
+        "patch": side(v["patch_size"]),
+        "channels": v["output_channels"],
+        "mask_channels": p["mask_input_channels"],
+        "decoder_layers": d["num_hidden_layers"],
+        "decoder_heads": d["num_attention_heads"],
+        "decoder_ffn": d["mlp_dim"],
+        "downsample": d["attention_downsample_rate"],
+        "masks": d["num_multimask_outputs"],
+        "iou_hidden": d["iou_head_hidden_dim"],
+        "iou_depth": d["iou_head_depth"],
+        "decoder_norm_eps": d["layer_norm_eps"],
+    }
+    return SAMConfig(**(fields | changes))
 
 
 def _encoder(config: SAMConfig) -> dict[str, Place | tuple[Place, ...]]:
@@ -103,3 +177,14 @@ def _decoder(config: SAMConfig) -> dict[str, Place]:
 def names(config: SAMConfig) -> dict[str, Place | tuple[Place, ...]]:
     """Checkpoint name -> our place, for `jaxrl.nets.weights.maps` (with `ignored=IGNORED`)."""
     return {**_encoder(config), **_prompts(), **_decoder(config)}
+
+
+def from_checkpoint(config: SAMConfig, tensors: Mapping[str, Any]) -> dict:
+    """Our parameters from a checkpoint's tensors.
+
+    Raises:
+      ValueError: every missing, unused and wrongly shaped tensor, in one message.
+    """
+    pictures = jnp.zeros((1, config.image, config.image, 3))
+    shapes = maps.shapes(SAM(config), pictures, prompt(points=jnp.zeros((1, 1, 2))))
+    return maps.from_checkpoint(names(config), shapes, tensors, ignored=IGNORED, param_dtype=config.param_dtype)

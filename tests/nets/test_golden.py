@@ -1,4 +1,4 @@
-"""Logits and gradients against torch, through the values that tests/golden/make_transformers.py stored."""
+"""Decoders against torch, through the values that tests/golden/make_transformers.py and others stored."""
 
 import dataclasses
 import json
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxrl.kernels.attention import Causal, Segments
+from jaxrl.nets import presets
 from jaxrl.nets.language_model import language_model, logits
 from jaxrl.nets.weights import from_checkpoint, from_hugging_face, to_checkpoint, to_hugging_face
 
@@ -25,6 +26,8 @@ CASES = {
     "deepseek_v2": ["plain", "yarn"],
     "deepseek_v3": ["plain"],
     "moonlight": ["plain"],
+    "minimax": ["padded"],
+    "minimax_odd": ["padded"],
 }
 
 
@@ -69,7 +72,7 @@ def test_rope_variants_are_told_apart():
     np.testing.assert_array_equal(first["ids"], second["ids"])
 
 
-@pytest.mark.parametrize("file", ["qwen3", "mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("file", ["qwen3", "mixtral", "deepseek_v3", "minimax"])
 def test_loss_and_gradients_equal_those_of_torch(file):
     config, params, stored = load(file, "plain")
     if config.experts:  # transformers' loss without labels has no term for the balance
@@ -107,7 +110,10 @@ def test_fp8_in_blocks_is_read_and_other_quantisation_refused():
         from_hugging_face(published | {"quantization_config": {"quant_method": "gptq"}})
 
 
-@pytest.mark.parametrize("file", ["qwen2", "qwen2_moe", "mixtral", "deepseek_v2", "deepseek_v3", "moonlight"])
+ALL = ["qwen2", "qwen2_moe", "mixtral", "deepseek_v2", "deepseek_v3", "moonlight", "minimax", "minimax_odd"]
+
+
+@pytest.mark.parametrize("file", ALL)
 def test_checkpoint_round_trip_is_exact(file):
     case = CASES[file][-1]
     config, params, stored = load(file, case)
@@ -146,3 +152,53 @@ def test_unsupported_published_configs_are_refused():
         from_hugging_face(published | {"rope_parameters": {"rope_type": "longrope"}})
     with pytest.raises(ValueError, match="attention_bias"):
         from_hugging_face(published | {"attention_bias": True})
+
+
+def test_a_minimax_that_does_not_fit_names_every_problem():
+    config, params, _ = load("minimax", "plain")
+    tensors = to_checkpoint(config, params)
+    del tensors["model.norm.weight"]
+    tensors["model.layers.0.self_attn.q_proj.weight"] = np.zeros((24, 16))
+    tensors["model.layers.1.self_attn.qkv_proj.weight"] = np.zeros((24, 16))
+    with pytest.raises(ValueError) as error:
+        from_checkpoint(config, tensors)
+    for part in (
+        "missing model.norm.weight",
+        "unused model.layers.0.self_attn.q_proj.weight",
+        "model.layers.1.self_attn.qkv_proj.weight has shape (24, 16), expected (72, 16)",
+    ):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"full_attn_beta_factor": 0.5}, "full_attn_beta_factor is 0.5, expected 1"),
+        ({"mlp_alpha_factor": 2.0}, "'mlp_alpha_factor': 2.0. differ, expected one for all sums"),
+        ({"rotary_dim": 4}, "4 of the 6 numbers of a head turn .*, but here all do"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "3 of the 6 numbers of a head turn"),
+        ({"sliding_window": 8, "hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'; sliding_window is 8"),
+        ({"layer_types": ["full_attention"] * 6}, "linear_attention at least once"),
+        ({"layer_types": ["linear_attention"] * 2}, "for each of 6 layers"),
+        ({"layer_types": ["mamba"] * 6}, "layer_types is .'mamba'"),
+    ],
+)
+def test_what_is_not_built_of_a_minimax_is_refused(change, message):
+    with np.load(GOLDEN / "minimax.npz") as arrays:
+        config = json.loads(str(arrays["plain/config"]))
+    with pytest.raises(ValueError, match=message):
+        from_hugging_face(config | change)
+
+
+def test_a_minimax_is_known_by_its_choices():
+    """Whatever training adds to the gating; every other choice must be MiniMax's."""
+    config = load("minimax", "plain")[0]
+    replace = dataclasses.replace
+    changed = lambda of, **changes: replace(config, **{of: replace(getattr(config, of), **changes)})
+    trained = replace(changed("experts", z_coef=1e-3, capacity_factor=2.0), dtype="bfloat16")
+    assert to_hugging_face(trained)["num_local_experts"] == 3
+    assert from_hugging_face(to_hugging_face(presets.minimax_text_01())) == presets.minimax_text_01()
+    odd = [changed("linear", kv_heads=2), changed("experts", score="sigmoid"), changed("experts", shared=8)]
+    for other in (*odd, replace(config, embed_norm=False), replace(config, qkv_bias=True)):
+        with pytest.raises(ValueError, match="the network is no MiniMax"):
+            to_checkpoint(other, {})

@@ -16,7 +16,7 @@ from jaxrl.kernels.linear_attention import linear_attention
 from jaxrl.nets import presets
 from jaxrl.nets.attention import rectified
 from jaxrl.nets.documents import documents
-from jaxrl.nets.language_model import language_model, logits
+from jaxrl.nets.language_model import language_model
 from jaxrl.nets.latent_attention import LatentConfig
 from jaxrl.nets.linear_attention import (
     LinearAttention,
@@ -153,49 +153,6 @@ def test_without_causal_a_token_sees_its_whole_document():
     apply = lambda x, mask: module.apply(variables, x, None, None, mask)[0]
     alone = jnp.concatenate([apply(x[:, :4], Full()), apply(x[:, 4:], Full())], axis=1)
     np.testing.assert_allclose(apply(x, Full() & Segments(ids)), alone, atol=1e-6)
-
-
-def minimax():
-    """(config, params, arrays) of the golden network."""
-    with np.load(GOLDEN) as arrays:
-        stored = {k.removeprefix("minimax/"): arrays[k] for k in arrays if k.startswith("minimax/")}
-    linear = dataclasses.replace(LIGHTNING, kv_heads=4)
-    config = TransformerConfig(
-        vocab_size=32, width=16, layers=4, heads=4, kv_heads=2, ffn=12, experts=MoEConfig(4, 2, 12, normalise=True),
-        linear=linear, linear_layers=(0, 2), norm_place="post", embed_norm=True, residual=1.7, norm_eps=1e-5,
-        max_length=64,
-    )  # fmt: skip
-    shapes = jax.eval_shape(language_model(config).init, jax.random.key(0))
-    params = jax.tree.map_with_path(lambda path, x: leaf_of(stored, "param", path).reshape(x.shape), shapes)
-    return config, jax.tree.map(jnp.asarray, params), stored
-
-
-def leaf_of(stored, kind, path):
-    return stored[f"{kind}/{jax.tree_util.keystr(path, simple=True, separator='/')}"].astype(np.float32)
-
-
-def test_minimax_is_that_of_transformers():
-    """Lightning and full layers that alternate, experts, padding on the left: logits and all gradients."""
-    config, params, stored = minimax()
-    model, real = language_model(config), stored["real"].astype(bool)
-    given = {"positions": jnp.asarray(stored["positions"]), "mask": Causal() & Segments(jnp.asarray(stored["real"]))}
-
-    def loss(params):
-        hidden, _ = model.apply(params, jnp.asarray(stored["ids"]), **given)
-        out = logits(hidden, model.unembedding(params))
-        return jnp.sum(out * stored["cotangents"]), out
-
-    (_, out), grads = jit(jax.value_and_grad(loss, has_aux=True))(params)
-    largest = np.abs(stored["logits"]).max()
-    np.testing.assert_allclose(np.asarray(out)[real], stored["logits"][real], atol=1e-5 * largest)
-
-    def check(path, got):
-        want = leaf_of(stored, "grad", path)
-        np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max(), err_msg=jax.tree_util.keystr(path))
-
-    jax.tree.map_with_path(check, grads)
-    load = router_statistics(config, params, jnp.asarray(stored["ids"]))
-    assert load.load.shape == (4, 4) and load.entropy.shape == (4,)
 
 
 def test_performers_kernels_are_those_of_its_package():
@@ -424,6 +381,10 @@ def test_stacks_by_kind():
     odd = TransformerConfig(**DECODER, linear=NORM, linear_layers=(0, 3))
     assert set(jax.eval_shape(language_model(odd).init, jax.random.key(0))) >= {"linear_layers", "layers"}
     assert "run_2_linear_layers" in jax.eval_shape(language_model(odd).init, jax.random.key(0))
+    mixed = TransformerConfig(**DECODER, **FORMS["lightning"], experts=MoEConfig(4, 2, 8))
+    shapes = jax.eval_shape(language_model(mixed).init, jax.random.key(0))
+    load = jax.eval_shape(lambda params: router_statistics(mixed, params, TOKENS), shapes)
+    assert load.load.shape == (4, 4) and load.entropy.shape == (4,)
 
 
 def test_decays():

@@ -7,11 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from jaxrl.nets.vision import swin
 from jaxrl.nets.vision.swin import SIZES, Block, OffsetBias, Swin, SwinConfig
+from jaxrl.nets.weights import vision
 from jaxrl.nets.weights.maps import from_checkpoint, shapes, to_checkpoint
 from jaxrl.nets.weights.swin import IGNORED, names
+from jaxrl.pretrained import load_vision
+from tests.nets.test_vit import published, said
 from tests.nets.vision_cases import close, golden, gradients_equal, parameters, random_params
 
 TINY = {"swin": SIZES["tiny"], "swinv2": SIZES["tiny_v2"]}
@@ -72,6 +76,54 @@ def test_checkpoint_round_trip_is_exact(file):
     old = {"swin.encoder.layers.0.blocks.0.attention.self.relative_position_index": np.zeros((16, 16))}
     found = shapes(Swin(TINY[file]), jnp.zeros((1, 32, 32, 3)))
     from_checkpoint(names(TINY[file]), found, weights | old, ignored=IGNORED)
+
+
+@pytest.mark.parametrize("file", TINY)
+def test_a_folder_opens_with_the_logits_of_torch(file, tmp_path):
+    """Beside the weights lies a table of integers, as in older files."""
+    weights, cases = golden(file)
+    root = "swin" if file == "swin" else "swinv2"
+    table = {f"{root}.encoder.layers.0.blocks.0.attention.self.relative_position_index": np.zeros((16, 16), np.int64)}
+    published(tmp_path, said(file), weights)
+    save_file(weights | table, tmp_path / "model.safetensors")
+    opened = load_vision(tmp_path)
+    assert opened.model.config == replace(TINY[file], drop_path=0.1)
+    assert opened.labels[-1] == "LABEL_9" and opened.preparation is None
+    case = cases["plain"]
+    close(jax.jit(opened.model.apply)({"params": opened.params}, case["images"]), case["logits"])
+
+
+def test_a_plain_swin_gives_the_map_that_torch_classifies(tmp_path):
+    weights, cases = golden("swin")
+    plain = {name.removeprefix("swin."): x for name, x in weights.items() if not name.startswith("classifier")}
+    opened = load_vision(published(tmp_path, said("swin", architectures=["SwinModel"]), plain))
+    pooled = np.asarray(jax.jit(opened.model.apply)({"params": opened.params}, cases["plain"]["images"])).mean((1, 2))
+    close(pooled @ weights["classifier.weight"].T + weights["classifier.bias"], cases["plain"]["logits"])
+
+
+def test_published_configs_are_the_published_sizes():
+    options = {"classes": 3, "drop_path": 0.1}
+    assert vision.from_hugging_face(said("swin_t")) == replace(SIZES["swin_t"], **options)
+    measured = replace(SIZES["swinv2_b_w16"], **options, pretrained_windows=(12, 12, 12, 6))
+    assert vision.from_hugging_face(said("swinv2_b_w16")) == measured
+    assert vision.from_hugging_face(said("swinv2"), dtype="bfloat16").pretrained_windows is None
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("swin", {"use_absolute_embeddings": True}, "use_absolute_embeddings is True, expected False"),
+        ("swinv2", {"qkv_bias": False, "layer_norm_eps": 1e-6}, "qkv_bias is False.*layer_norm_eps is 1e-06"),
+        ("swinv2", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ("swin", {"architectures": ["SwinBackbone"]}, "expected one of .'SwinForImageClassification', 'SwinModel'"),
+        ("swinv2", {"architectures": ["SwinModel"]}, "expected one of .'Swinv2ForImageClassification'"),
+        ("swin", {"mlp_ratio": 2.5}, "mlp_ratio is 2.5"),
+        ("swin", {"depths": [2, 3]}, "expected even ones"),
+    ],
+)
+def test_published_choices_that_are_not_built_are_refused(file, change, message):
+    with pytest.raises(ValueError, match=message):
+        vision.from_hugging_face(said(file, **change))
 
 
 @pytest.mark.parametrize("h, w, size, shift", [(8, 8, 4, 2), (14, 21, 7, 3), (6, 9, 3, 1), (4, 4, 4, 0)])

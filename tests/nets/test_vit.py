@@ -1,6 +1,7 @@
 """ViT against torch, through the values that tests/golden/make_vision.py stored, and what follows from its form."""
 
 import functools
+import json
 from dataclasses import replace
 
 import jax
@@ -8,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl.nets.vision import prepare
 from jaxrl.nets.vision.layers import bicubic
 from jaxrl.nets.vision.vit import SIZES, ViT, ViTConfig, resize
+from jaxrl.nets.weights import vision, vit, write_safetensors
 from jaxrl.nets.weights.maps import shapes, to_checkpoint
 from jaxrl.nets.weights.vit import names
-from tests.nets.vision_cases import close, golden, gradients_equal, parameters, random_params
+from jaxrl.pretrained import load_pretrained, load_vision
+from tests.nets.vision_cases import GOLDEN, close, golden, gradients_equal, parameters, random_params
 
 TINY = SIZES["tiny"]
 COUNTS = {  # of transformers' classes
@@ -69,6 +73,129 @@ def test_checkpoint_round_trip_is_exact():
     assert again.keys() == weights.keys()
     for name, value in weights.items():
         np.testing.assert_array_equal(again[name], value, err_msg=name)
+
+
+def said(name, **changes):
+    """The config.json of a network, as transformers wrote it."""
+    with np.load(GOLDEN / "vision_configs.npz") as texts:
+        return json.loads(str(texts[name])) | changes
+
+
+def published(folder, config, tensors, **files):
+    """A folder as transformers writes it; files: of other names, in JSON."""
+    write_safetensors(folder, tensors)
+    for name, values in {"config": config, **files}.items():
+        (folder / f"{name}.json").write_text(json.dumps(values))
+    return folder
+
+
+def test_a_folder_opens_with_the_logits_of_torch(tmp_path):
+    weights, cases = golden("vit")
+    how = {"size": {"height": 16, "width": 16}, "resample": 3, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    opened = load_vision(published(tmp_path, said("vit"), weights, preprocessor_config=how))
+    assert opened.model.config == TINY and isinstance(opened.params["positions"], jax.Array)
+    logits = jax.jit(opened.model.apply)({"params": opened.params}, cases["plain"]["images"])
+    close(logits, cases["plain"]["logits"])
+    assert opened.preparation == prepare.Preparation((16, 16), (0.5,) * 3, (0.25,) * 3, "cubic")
+    assert opened.labels == tuple(f"LABEL_{i}" for i in range(10))
+    with pytest.raises(ValueError, match="config.json: model_type is 'vit': open it with jaxrl.pretrained.load_vision"):
+        load_pretrained(tmp_path)
+
+
+def test_a_plain_network_gives_the_tokens_that_torch_classifies(tmp_path):
+    """Its names begin elsewhere, and it has a pooler, which is passed over."""
+    weights, cases = golden("vit")
+    plain = {name.removeprefix("vit."): x for name, x in weights.items() if not name.startswith("classifier")}
+    plain |= {"pooler.dense.weight": np.ones((24, 24), np.float32), "pooler.dense.bias": np.ones(24, np.float32)}
+    opened = load_vision(published(tmp_path, said("vit", architectures=["ViTModel"]), plain), dtype="float32")
+    assert opened.model.config.classes is None and opened.preparation is None and opened.labels == ()
+    tokens = np.asarray(jax.jit(opened.model.apply)({"params": opened.params}, cases["plain"]["images"]))
+    close(tokens[:, 0] @ weights["classifier.weight"].T + weights["classifier.bias"], cases["plain"]["logits"])
+    again = vision.to_checkpoint(opened.model.config, opened.params)
+    assert again.keys() == {name for name in plain if "pooler" not in name}
+
+
+def test_published_configs_are_the_published_sizes():
+    assert vision.from_hugging_face(said("vit_b16")) == replace(SIZES["vit_b16"], classes=3)
+    assert vit.labels(said("vit_b16")) == ("cat", "dog", "bird")
+    assert vision.from_hugging_face(said("vit_b32"), remat=True) == replace(SIZES["vit_b32"], classes=None, remat=True)
+    two = said("vit_b16")
+    del two["id2label"]
+    assert vision.from_hugging_face(two).classes == 2 and vit.labels(two) == ()
+    wide = vision.from_hugging_face(said("vit_b16", image_size=[224, 320], patch_size=[16, 16]))
+    assert (wide.image_size, wide.patch) == ((224, 320), 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "deit"}, "model_type is 'deit', expected one of vit, swin, swinv2"),
+        ({"hidden_act": "gelu_new"}, "hidden_act is 'gelu_new', expected 'gelu'"),
+        ({"qkv_bias": False, "hidden_act": "relu"}, "hidden_act is 'relu', expected 'gelu'; qkv_bias is False"),
+        ({"architectures": ["ViTForMaskedImageModeling"]}, "expected one of .'ViTForImageClassification', 'ViTModel'"),
+        ({"patch_size": [16, 8]}, "patch_size is .16, 8., expected a square"),
+    ],
+)
+def test_published_choices_that_are_not_built_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        vision.from_hugging_face(said("vit", **change))
+
+
+def test_labels_must_be_those_of_all_classes(tmp_path):
+    weights, _ = golden("vit")
+    published(tmp_path, said("vit", id2label={str(i + 1): "x" for i in range(10)}), weights)
+    with pytest.raises(ValueError, match=r"config.json: id2label names the classes \[1, 2.*expected 0 ... 9"):
+        load_vision(tmp_path)
+
+
+def test_a_folder_that_does_not_fit_names_every_problem(tmp_path):
+    weights = dict(golden("vit")[0])
+    del weights["vit.layernorm.bias"]
+    weights |= {"extra": np.zeros(3, np.float32), "classifier.bias": np.zeros(11, np.float32)}
+    with pytest.raises(ValueError) as error:
+        load_vision(published(tmp_path, said("vit"), weights))
+    for part in ("missing vit.layernorm.bias", "unused extra", "classifier.bias has shape (11,), expected (10,)"):
+        assert part in str(error.value)
+    with pytest.raises(ValueError, match="config.json: no 'hidden_size' in it"):
+        load_vision(published(tmp_path, {k: v for k, v in said("vit").items() if k != "hidden_size"}, weights))
+    with pytest.raises(ValueError, match="holds no config.json"):
+        load_vision(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("resample", prepare.METHODS)
+@pytest.mark.parametrize("size", [(12, 9), (40, 31)])
+def test_pictures_are_prepared_as_with_pillow(resample, size):
+    """Byte for byte, but for a few that float32 rounds the other way."""
+    pillow = pytest.importorskip("PIL.Image", reason="Pillow comes with matplotlib, in the extra `plot`")
+    coarse = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    picture = np.asarray(pillow.fromarray(coarse).resize((26, 20), 2))
+    picture = np.where(picture < 128, 0, picture)  # edges, at which filters go beyond 0 ... 255
+    mean, deviation = np.array([0.1, 0.2, 0.3], np.float32), np.array([0.4, 0.5, 0.6], np.float32)
+    sizes = {"size": {"height": size[0], "width": size[1]}, "resample": resample}
+    how = prepare.from_hugging_face(sizes | {"image_mean": mean.tolist(), "image_std": deviation.tolist()})
+    got = np.asarray(prepare.prepare(how, picture)) * deviation + mean
+    apart = np.abs(255 * got - np.asarray(pillow.fromarray(picture).resize(size[::-1], resample)))
+    assert apart.max() < 1.001 and (apart < 1e-3).mean() > 0.97
+    whole = np.asarray(prepare.prepare(how._replace(size=None), picture))
+    np.testing.assert_allclose(whole, (picture / np.float32(255) - mean) / deviation, atol=1e-6)
+
+
+def test_preparations_as_old_and_new_files_say_them():
+    own = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+    assert prepare.from_hugging_face(own | {"size": 224}).size == (224, 224)
+    assert prepare.from_hugging_face(own | {"size": {"longest_edge": 1024}}).size is None
+    assert prepare.from_hugging_face(own | {"size": 224, "do_resize": False}).size is None
+    bytes_alone = prepare.from_hugging_face({"size": 8, "do_normalize": False})
+    assert bytes_alone == prepare.Preparation((8, 8), (0.0,) * 3, (1.0,) * 3)
+    for change, message in (
+        ({"do_center_crop": True}, "do_center_crop is set"),
+        ({"rescale_factor": 2 / 255}, "rescale_factor is 0.0078"),
+        ({"resample": 5}, "resample is 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepare.from_hugging_face(own | {"size": 8} | change)
+    with pytest.raises(ValueError, match=r"the picture has shape \(8, 8\), expected \[height, width, 3\]"):
+        prepare.prepare(bytes_alone, np.zeros((8, 8)))
 
 
 def test_without_positions_the_order_of_patches_does_not_matter():
