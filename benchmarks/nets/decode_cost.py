@@ -26,7 +26,7 @@ class Options:
     """What is run."""
 
     lengths: tuple[int, ...] = (256, 1024, 4096, 16384)
-    rounds: int = 30
+    rounds: int = 100
     layers: int = 4
     out: Path = Path(__file__).with_suffix(".json")
 

@@ -1,6 +1,6 @@
 """What masked diffusion can fill in: python benchmarks/nets/infilling.py [seeds]
 
-24 pairs of a name A and a description B, three tokens each, are learnt as rows "A R B"; every second pair is also
+150 pairs of a name A and a description B, three tokens each, are learnt as rows "A R B"; every second pair is also
 shown as "B S A". The same network learns them by next-token prediction and by masked diffusion. Accuracy is the share
 of pairs with all three tokens right, greedy, over the pairs that were never shown reversed:
 
@@ -28,17 +28,17 @@ from jaxrl.types import Prompts
 sys.path.insert(0, str(Path(__file__).parent))
 from training import autoregressive, diffused, rows_of
 
-PAIRS, PART, SYMBOLS = 24, 3, 30
+PAIRS, PART, SYMBOLS = 150, 3, 30
 FORWARD, REVERSED, BEGIN, MASK, NONE = range(SYMBOLS, SYMBOLS + 5)  # NONE never comes: rows have one length
 MODEL = language_model(
     TransformerConfig(vocab_size=SYMBOLS + 5, width=64, layers=2, heads=4, kv_heads=4, ffn=128, max_length=16)
 )
-STEPS, BATCH = {"AR": 150, "diffusion": 1000}, 36
+STEPS, BATCH = 2500, 225  # a batch is an epoch
 GREEDY = Sampling(temperature=0.0, max_tokens=PART)
 
 
 def pairs(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Names and descriptions [24, 3], each of them once."""
+    """Names and descriptions [150, 3], each of them once."""
     random = np.random.default_rng(seed)
     codes = random.choice(SYMBOLS**PART, size=2 * PAIRS, replace=False)
     parts = np.stack(np.unravel_index(codes, (SYMBOLS,) * PART), axis=1)
@@ -73,13 +73,13 @@ def measure(seeds: list[int]) -> dict[str, list[float]]:
 
         return jax.jit(jax.vmap(one))(params, jnp.asarray(prompts))
 
-    params, _ = autoregressive(MODEL, rows_of(behind(train)), seeds, steps=STEPS["AR"], batch=BATCH)
+    params, _ = autoregressive(MODEL, rows_of(behind(train)), seeds, steps=STEPS, batch=BATCH)
     found = {
         "AR forward": right(answers(rollout, params, behind(forward)), descriptions),
         "AR infill": right(answers(rollout, params, behind(names[..., :0])), names),
         "AR reversed": right(answers(rollout, params, behind(reverse)), names),
     }
-    params, losses = diffused(MODEL, rows_of(train), seeds, mask_id=MASK, steps=STEPS["diffusion"], batch=BATCH)
+    params, losses = diffused(MODEL, rows_of(train), seeds, mask_id=MASK, steps=STEPS, batch=BATCH)
     print(f"loss, by quarters: {losses.reshape(len(seeds), 4, -1).mean(2).round(3).tolist()}", flush=True)
     sampler = partial(diffusion.generate, mask_id=MASK)
     fill = lambda params, rows: diffusion.infill(
