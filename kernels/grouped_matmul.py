@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxrl.kernels.platform import platform
 from jaxrl.kernels.varying import vary_alike
 
-IMPLEMENTATIONS = ("tiles", "ragged_dot", "mosaic_gpu")
+IMPLEMENTATIONS = ("tiles", "ragged_dot", "mosaic_gpu", "pallas_tpu")
 TILE, SMALL_TILE = 32, 8  # rows of a product on CPU: least time of 8 .. 256 for groups of 64 rows and more, and of 4
 
 
@@ -42,7 +43,9 @@ def grouped_matmul(
       dtype: of the result; default that of x.
       implementation: None picks by platform. "tiles": a loop over tiles of rows (CPU, where XLA makes a ragged dot
         of E dense products). "ragged_dot": `jax.lax.ragged_dot_general`. "mosaic_gpu": kernels for Hopper GPUs, where
-        XLA makes a ragged dot of E dense products; bfloat16 or float16, K and N multiples of 64.
+        XLA makes a ragged dot of E dense products; bfloat16 or float16, K and N multiples of 64. "pallas_tpu": a ragged
+        dot forward and for dx, and for dw, of which XLA makes E dense products on TPUs, a kernel (interpreted on CPU);
+        bfloat16 or float32.
 
     Returns:
       y [M, N].
@@ -70,7 +73,7 @@ def _rows(settings, x, w, sizes):
     kernel = _kernel(settings, x, w, w.shape[1:])
     if kernel is not None:
         return kernel.rows(x, w, sizes, transposed=settings.transposed, dtype=settings.dtype)
-    return _by_platform(settings, _rows_by_tiles, _rows_by_ragged_dot)(x, w, sizes)
+    return _by_platform(settings, _rows_by_tiles, _rows_by_ragged_dot, _rows_by_ragged_dot)(x, w, sizes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -79,7 +82,7 @@ def _outer(settings, x, y, sizes):
     kernel = _kernel(settings, x, y, (x.shape[1], y.shape[1]))
     if kernel is not None:
         return kernel.outer(x, y, sizes, dtype=settings.dtype)
-    return _by_platform(settings, _outer_by_tiles, _outer_by_ragged_dot)(x, y, sizes)
+    return _by_platform(settings, _outer_by_tiles, _outer_by_ragged_dot, _outer_on_tpu)(x, y, sizes)
 
 
 def _kernel(settings, a, b, columns):
@@ -95,11 +98,12 @@ def _kernel(settings, a, b, columns):
     return None if reason else grouped_matmul_gpu
 
 
-def _by_platform(settings, tiles, ragged_dot):
-    tiles, ragged_dot = functools.partial(tiles, settings), functools.partial(ragged_dot, settings)
+def _by_platform(settings, *forms):
+    """One of the forms for "tiles", "ragged_dot" and "pallas_tpu"."""
+    tiles, ragged_dot, tpu = (functools.partial(form, settings) for form in forms)
     if settings.implementation is None:
-        return functools.partial(lax.platform_dependent, cpu=tiles, default=ragged_dot)
-    return tiles if settings.implementation == "tiles" else ragged_dot
+        return functools.partial(lax.platform_dependent, cpu=tiles, tpu=tpu, default=ragged_dot)
+    return {"tiles": tiles, "ragged_dot": ragged_dot, "pallas_tpu": tpu}[settings.implementation]
 
 
 def _rows_forward(settings, x, w, sizes):
@@ -197,6 +201,18 @@ def _rows_by_ragged_dot(settings, x, w, sizes):
 def _outer_by_ragged_dot(settings, x, y, sizes):
     x, y = (_zeros_after(rows, sizes) for rows in (x, y))
     return _ragged_dot((((0,), (0,)), ((), ())), [], x, y, sizes).astype(settings.dtype)
+
+
+def _outer_on_tpu(settings, x, y, sizes):
+    from jaxrl.kernels import grouped_matmul_tpu
+
+    reason, wanted = grouped_matmul_tpu.refusal(x.dtype, y.dtype), settings.implementation
+    if reason and wanted:
+        raise ValueError(f'grouped_matmul: implementation="pallas_tpu": {reason}.')
+    if reason:
+        return _outer_by_ragged_dot(settings, x, y, sizes)
+    interpret = wanted is not None and platform() == "cpu"
+    return grouped_matmul_tpu.outer(x, y, sizes, dtype=settings.dtype, interpret=interpret)
 
 
 def _ragged_dot(dimensions, group_dimensions, a, b, sizes):

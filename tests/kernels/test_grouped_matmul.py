@@ -18,7 +18,7 @@ spec.loader.exec_module(oracle)
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile
 jit = functools.partial(jax.jit, compiler_options=QUICK)
-IMPLEMENTATIONS = ("tiles", "ragged_dot")
+IMPLEMENTATIONS = ("tiles", "ragged_dot", "pallas_tpu")
 SIZES = {  # M, K, N, group sizes
     "tiles_overhang": (150, 5, 7, (33, 0, 64, 1, 40)),  # the last 12 rows have no group
     "small_groups": (40, 3, 4, (1, 0, 9, 17, 2, 0, 8, 3)),
@@ -195,7 +195,8 @@ def test_none_chooses_by_platform():
     assert "while" in text["cpu"] and "ragged_dot" not in text["cpu"]
     for name in ("tpu", "cuda"):
         assert "while" not in text[name]
-        assert text[name].count('"chlo.ragged_dot"') == 2
+        assert text[name].count('"chlo.ragged_dot"') == {"tpu": 1, "cuda": 2}[name]
+    assert text["tpu"].count("@tpu_custom_call") == 1
 
 
 def test_bfloat16_matrices_are_not_all_turned_into_float32():
