@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"jaxrl: no command {given!r}; {hint}", file=sys.stderr)
         return 2
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        os.environ.setdefault("NPROC", "64")  # XLA's threads: with fewer, devices that all wait leave none to go on
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(caches, "jaxrl"))  # compile once, not in each run
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """How the cost of a training step grows: with the sequence, the batch, the depth, and with devices at the same work.
 
-    export XLA_FLAGS=--xla_force_host_platform_device_count=8
+    export XLA_FLAGS=--xla_force_host_platform_device_count=8 NPROC=64
     python benchmarks/growth/run.py           # measures, in about ten minutes on two cores
     python benchmarks/growth/run.py --redraw  # tables and figure from results.json
 

@@ -1,10 +1,10 @@
-"""What `jaxrl plan` counts beside what the compiler makes of the real programs, for TPUs that are not there.
+"""What `jaxrl plan` counts beside what the compiler makes of the real programs, for chips that are not there.
 
     python benchmarks/plan/compare.py [CASE ...]     # all cases, or those named; one process each
     python benchmarks/plan/compare.py --table        # the table of what is there, counted anew
 
-Writes results.json (cases that were not run stay) and results.md beside this file. Needs libtpu: pip install
-'jaxrl[aot]'. A large case takes minutes of CPU time and some gigabytes.
+Writes results.json (cases that were not run stay) and results.md beside this file. Needs the compilers: pip
+install 'jaxrl[aot]'. A large case takes minutes of CPU time and some gigabytes.
 """
 
 import dataclasses
@@ -29,6 +29,12 @@ CASES = {
         {"topology": "v5p:4x4x4", "mesh": "fsdp=16,context=4", "batch": 16, "length": 8193},
         {},
     ),
+    "8B, v5p:4x4x4, stages": (
+        {"topology": "v5p:4x4x4", "mesh": "stage=4,fsdp=16", "batch": 128},
+        {},
+    ),
+    "8B, h100:1x8": ({"topology": "h100:1x8", "mesh": "fsdp=8", "batch": 8}, {}),
+    "8B, h100:4x8": ({"topology": "h100:4x8", "mesh": "fsdp=8,tensor=4", "batch": 64}, {}),
     "70B grpo, v5p:8x8x8": (
         {"model": "llama-70b", "topology": "v5p:8x8x8", "mesh": "fsdp=64,tensor=8", "sampler_mesh": "data=64,tensor=8",
          "task": "grpo", "batch": 512},
@@ -88,9 +94,10 @@ def table(rows: list[dict]) -> str:
     """Markdown of the train steps beside what is counted, and of the sampler's programs."""
     from jaxrl.plan import memory, traffic, work
 
-    columns = ["case", "compile s", "CPU s", "GB", "FLOPs of layers", "GiB counted", "compiled", "counted / compiled"]
+    columns = ["case", "compile s", "CPU s", "GB", "FLOPs of products", "GiB counted", "compiled", "counted / compiled"]
     for axis in ("fsdp", "tensor", "context", "expert"):
         columns += [f"{axis} MB, least", "compiled"]
+    columns += ["all MB, least", "compiled"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     others = ["", "| case | program | compile s | CPU s | GiB compiled | MB sent |", "|" + "---|" * 6]
     for row in rows:
@@ -100,7 +107,9 @@ def table(rows: list[dict]) -> str:
             others.append(f"| {row['case']} | {row['program']} | {' | '.join(cost)} | {size:.2f} | {sent:,.0f} |")
             continue
         one, place = step(row["case"])
-        exact = row["flops"] / work.train_flops(one)["layers"] * place.devices
+        parts = work.train_flops(one)  # attention is a kernel, and on TPUs the head is one, too
+        products = parts["layers"] * work.empty_places(one) + (parts["unembed"] if place.chip.kind == "gpu" else 0.0)
+        exact = row["flops"] / products * place.devices
         counted = sum(memory.train_memory(one).values()) / 2**30
         cells = [row["case"], *cost, f"{row['gigabytes']:.1f}", f"{exact:.4f} x", f"{counted:.2f}", f"{size:.2f}"]
         cells.append(f"{counted / size:.3f}")
@@ -108,6 +117,8 @@ def table(rows: list[dict]) -> str:
         for axis in ("fsdp", "tensor", "context", "expert"):
             mb = along(least, axis)
             cells += [f"{mb:,.0f}", f"{along(row['traffic'], axis) / mb:.3f} x"] if mb else ["", ""]
+        whole, sent = (sum(x["bytes"] for x in found) / 1e6 for found in (least, row["traffic"]))
+        cells += [f"{whole:,.0f}", f"{sent / whole:.3f} x"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines + (others if len(others) > 3 else [])) + "\n"
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -70,8 +71,11 @@ def _mask_spec(leaf: jax.Array, batch: tuple[str, ...], q: jax.Array) -> P:
     return P(rows) if leaf.ndim else P()
 
 
-def log_probs_on(mesh: Mesh) -> Callable:
-    """`token_log_probs` with rows over the batch axes, tokens over `context` and the vocabulary over `tensor`."""
+def log_probs_on(mesh: Mesh, *, zero: int = 3) -> Callable:
+    """`token_log_probs` with rows over the batch axes, tokens over `context` and the vocabulary over `tensor`.
+
+    With `zero` 3 the unembedding's rows come divided over `fsdp`, and so leave its gradient's.
+    """
     n, parts = mesh.shape["context"], mesh.shape["tensor"]
 
     def log_probs(hidden, unembedding, targets, *, temperature: Any = 1.0, **options):
@@ -80,10 +84,18 @@ def log_probs_on(mesh: Mesh) -> Callable:
         hidden = jnp.pad(hidden, ((0, 0), (0, overhang), (0, 0)))
         per_token = lambda x: jnp.pad(x, ((0, 0), (0, overhang)), mode="edge")
         targets = per_token(targets)
-        tokens = P(rows_over(mesh, b), "context")
+        batch = rows_over(mesh, b)
+        tokens = P(batch, "context")
         axis = "tensor" if parts > 1 and unembedding.shape[1] % parts == 0 else None
-        form = partial(token_log_probs, axis_name=axis, **options)
-        arrays, specs = (hidden, unembedding, targets), (tokens, P(None, axis), tokens)
+        gathers = zero == 3 and "fsdp" in batch and unembedding.shape[0] % mesh.shape["fsdp"] == 0
+
+        def form(hidden, unembedding, targets, **named):
+            if gathers:  # every device's own first, so that gradients are scattered before other axes add theirs
+                own = lax.pcast(unembedding, (*(axis for axis in batch if axis != "fsdp"), "context"), to="varying")
+                unembedding = lax.all_gather(own, "fsdp", tiled=True)
+            return token_log_probs(hidden, unembedding, targets, axis_name=axis, **named, **options)
+
+        arrays, specs = (hidden, unembedding, targets), (tokens, P("fsdp" if gathers else None, axis), tokens)
         if isinstance(temperature, int | float):
             local = lambda h, w, y: form(h, w, y, temperature=temperature)
         else:

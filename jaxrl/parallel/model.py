@@ -13,12 +13,15 @@ from jaxrl.kernels.attention.ring import unzigzag, zigzag
 from jaxrl.nets.language_model import LanguageModel, language_model
 from jaxrl.nets.transformer import TransformerConfig
 from jaxrl.parallel.attend import attend_on, log_probs_on
+from jaxrl.parallel.divided import divided
 from jaxrl.parallel.experts import experts_on
 from jaxrl.parallel.pipeline import pipelined
 from jaxrl.parallel.sharding import BATCH, rows_over
 
 
-def model_on(config: TransformerConfig, mesh: Mesh, *, micro_batches: int | None = None) -> LanguageModel:
+def model_on(
+    config: TransformerConfig, mesh: Mesh, *, micro_batches: int | None = None, zero: int = 3
+) -> LanguageModel:
     """`language_model(config)` for parameters that lie on a mesh as `state_shardings` says.
 
     Rows are divided over data, fsdp and expert, heads and vocabulary (where it divides) over tensor, the sequence over
@@ -31,6 +34,7 @@ def model_on(config: TransformerConfig, mesh: Mesh, *, micro_batches: int | None
       config: of the network.
       mesh: of `make_mesh`.
       micro_batches: into which a batch is cut for the stages; None takes up to four for each stage.
+      zero: as `state_shardings` was given.
 
     Raises:
       ValueError: heads, layers or inner widths that do not divide.
@@ -40,7 +44,7 @@ def model_on(config: TransformerConfig, mesh: Mesh, *, micro_batches: int | None
     roomy = dataclasses.replace(config, max_length=config.max_length + 2 * n - 1) if n > 1 else config
     attend = attend_on(mesh)
     alone = language_model(config)
-    plain = language_model(roomy, attend=attend, log_probs=log_probs_on(mesh), experts=experts_on(mesh))
+    plain = language_model(roomy, attend=attend, log_probs=log_probs_on(mesh, zero=zero), experts=experts_on(mesh))
 
     def place(x, *axes):
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(rows_over(mesh, x.shape[0]), *axes)))
@@ -55,6 +59,8 @@ def model_on(config: TransformerConfig, mesh: Mesh, *, micro_batches: int | None
         mask = (Causal() if config.causal else Full()) if mask is None else mask
         if cache is not None:
             return plain.apply(params, tokens, positions=positions, mask=mask, cache=cache)
+        if zero == 3 and mesh.shape["fsdp"] > 1:
+            params = divided(params, mesh, again=config.remat == "none")
         b, t = tokens.shape[:2]
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(t)[None], (b, t))

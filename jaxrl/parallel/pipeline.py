@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxrl.kernels.attention import Mask
 from jaxrl.nets.layers import make_norm
 from jaxrl.nets.transformer import TransformerConfig, rotations, stack, windowed
+from jaxrl.parallel.divided import lent
 from jaxrl.parallel.experts import experts_on
 from jaxrl.parallel.sharding import BATCH, rows_over
 
@@ -66,24 +67,27 @@ def pipelined(
 
     of_stage = lambda a: a.reshape(stages, each, *a.shape[1:])
     of_part = lambda a: jnp.swapaxes(a.reshape(a.shape[0] // parts, parts, *a.shape[1:]), 0, 1)
-    own, near = jax.tree.map(of_stage, (params["layers"], windowed(config)))
-    x, (cos, sin) = of_part(x), jax.tree.map(of_part, (cos, sin))
+    own, near = jax.tree.map(of_stage, (lent(params["layers"], dtype=config.dtype), windowed(config)))
+    x, cos, sin = jax.tree.map(of_part, (x, cos, sin))
+    x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, batch, "context")))
     varying = lambda a: of_part(a) if a.shape[0] == b > 1 else jnp.broadcast_to(a[None], (parts, *a.shape))
     given = (cos, sin, jax.tree.map(varying, mask))
     place = NamedSharding(mesh, P("stage", batch, "context"))
+    first = (jnp.arange(stages) == 0)[:, None, None, None]
 
     def tick(places, time):
         entering = jax.lax.dynamic_index_in_dim(x, jnp.minimum(time, parts - 1))
-        places = jnp.concatenate([entering, places[:-1]])
+        places = jnp.where(first, entering, jnp.roll(places, 1, axis=0))
         at = jnp.clip(time - jnp.arange(stages), 0, parts - 1)
         here = jax.tree.map(lambda a: a[at], given)
         run = jax.vmap(stage, spmd_axis_name="stage")
         places = jax.lax.with_sharding_constraint(run(own, near, places, here), place)
-        return places, places[-1]
+        return places, places
 
     places = jax.lax.with_sharding_constraint(jnp.zeros((stages, *x.shape[1:]), x.dtype), place)
     _, left = jax.lax.scan(tick, places, jnp.arange(parts + stages - 1))
-    y = jnp.swapaxes(left[stages - 1 :], 0, 1)
+    y = jax.lax.with_sharding_constraint(left[stages - 1 :, -1], NamedSharding(mesh, P(None, batch, "context")))
+    y = jnp.swapaxes(y, 0, 1)
     y = y.reshape(b, *y.shape[2:])
     norm: Any = make_norm(config.norm, config.norm_eps, config.dtype, config.param_dtype)
     return norm.apply({"params": params["norm"]}, y)

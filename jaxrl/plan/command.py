@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 
-from jaxrl import config
+from jaxrl import config, networks
 from jaxrl.display import Display
 from jaxrl.nets import presets
+from jaxrl.nets.config import TransformerConfig
 from jaxrl.parallel.mesh import mesh_sizes
 from jaxrl.plan import chips, compiled, report
 from jaxrl.plan.options import MODELS, Plan
@@ -63,15 +64,11 @@ def work_of(options: Plan, place: chips.Topology) -> Work:
     Raises:
       ValueError: an unknown model (with the names), or a mesh that does not fit the chips.
     """
-    if options.model not in MODELS:
-        near = difflib.get_close_matches(options.model, MODELS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"model is {options.model!r}; expected one of {', '.join(MODELS)}{hint}")
     types = {"dtype": options.dtype, "param_dtype": options.param_dtype, "cache_dtype": options.cache or None}
     own = options.sampler_mesh not in ("", "auto")
     grpo = options.task == "grpo"
     return Work(
-        getattr(presets, MODELS[options.model])(remat=options.remat, **types),
+        dataclasses.replace(transformer_of(options.model), remat=options.remat, **types),
         options.task,
         options.batch,
         options.length,
@@ -84,6 +81,37 @@ def work_of(options: Plan, place: chips.Topology) -> Work:
         zero=options.zero,
         optimizer=options.optimizer,
     )
+
+
+def transformer_of(name: str) -> TransformerConfig:
+    """The Transformer of a name: one of `MODELS`, or a decoder, encoder or vision-language network of `jaxrl nets`.
+
+    Raises:
+      ValueError: an unknown name, or a network that is no Transformer of tokens.
+    """
+    if name in MODELS:
+        return getattr(presets, MODELS[name])()
+    try:
+        found = networks.find(name)
+    except ValueError:
+        near = difflib.get_close_matches(name, MODELS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"model is {name!r}; expected one of {', '.join(MODELS)}, or a name that `jaxrl nets` lists{hint}"
+        ) from None
+    of: Any = found.config
+    one = getattr(of, "transformer", getattr(of, "text", of))
+    if not isinstance(one, TransformerConfig):
+        raise ValueError(
+            f"model is {name!r}, a {found.family} network: what is planned is the training of Transformers of tokens; "
+            f"`jaxrl nets {name}` shows its size"
+        )
+    if one.share_layers or one.embed_width not in (None, one.width):
+        raise ValueError(
+            f"model is {name!r}, which shares its layers' parameters or has embeddings of another width than its "
+            "layers; neither is counted here"
+        )
+    return one
 
 
 def _sizes(spec: str, place: chips.Topology) -> dict[str, int]:

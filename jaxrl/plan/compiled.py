@@ -124,7 +124,7 @@ def programs(work: Work, place: chips.Topology) -> dict[str, Callable[[], Progra
 
 def _model(work: Work, mesh: Mesh) -> LanguageModel:
     length = max(work.config.max_length, work.length)
-    return parallel.model_on(dataclasses.replace(work.config, max_length=length), mesh)
+    return parallel.model_on(dataclasses.replace(work.config, max_length=length), mesh, zero=work.zero)
 
 
 def _placed(tree: Any, places: Any) -> Any:

@@ -3,8 +3,8 @@
 import dataclasses
 import math
 
-from jaxrl.plan.sizes import attention_widths, inner_width, one_layer, own_parameters, table_entries
-from jaxrl.plan.work import Work, bytes_of, rows_parts
+from jaxrl.plan.sizes import attention_widths, gathered, inner_width, one_layer, own_parameters, table_entries
+from jaxrl.plan.work import Work, bytes_of, empty_places, pipeline_batches, rows_parts
 
 MOMENTS = {"float32": 8.0, "bfloat16": 4.0, "int8": 2.03}
 """Bytes of Adam's two moments a parameter."""
@@ -23,18 +23,19 @@ def train_memory(work: Work) -> dict[str, float]:
     """Bytes at the peak of a train step.
 
     data: the batch, on every device; of grpo only its own rows. activations: what the layers keep for the backward
-    pass. Then the larger of two moments. At the head: the unembedding whole on every device of fsdp, as stored and in
-    the compute type, or that and its gradient. In a layer's backward pass: gradients in the parameters' type, the
-    layer's matrices and their gradients whole, and `working` numbers a token. With micro-batches a sum of gradients
-    lives through both.
+    pass, of a pipeline's empty places too. copy: of a stage's matrices that fsdp divides, gathered once for all ticks.
+    Then the larger of two moments. At the head: the unembedding and its gradient whole on every device of fsdp, in the
+    compute type. In a layer's backward pass: gradients in the parameters' type, the layer's matrices and their
+    gradients whole, and `working` numbers a token of one of the pipeline's micro-batches. With micro-batches of the
+    update a sum of gradients lives through both.
     """
     c, mesh = work.config, work.mesh
     compute, stored = bytes_of(c.dtype), bytes_of(c.param_dtype)
     gradient = float(own_parameters(c, mesh, fsdp=work.zero > 1) * stored)
-    table = table_entries(c, mesh)
-    whole = stored if mesh["fsdp"] > 1 and stored != compute else compute
-    head = table * (whole + compute) + 3 * work.own_tokens * c.width * compute
-    layer = 2 * one_layer(c, mesh) * compute + work.own_tokens * working(work) * compute
+    head = 2 * table_entries(c, mesh) * compute + 3 * work.own_tokens * c.width * compute
+    at_once = work.own_tokens / pipeline_batches(work)
+    layer = 2 * one_layer(c, mesh) * compute + at_once * working(work) * compute
+    lent = mesh["stage"] > 1 and mesh["fsdp"] > 1 and work.zero == 3
     data = work.rows * work.length * 8.0
     sums = gradient if work.micro_batches > 1 else 0.0
     busy = {"gradients": sums + gradient, "temporaries": layer}
@@ -43,7 +44,8 @@ def train_memory(work: Work) -> dict[str, float]:
     return {
         **held(work),
         "data": data / rows_parts(mesh) if work.task == "grpo" else data,
-        "activations": work.own_tokens * c.layers / mesh["stage"] * kept(work) * compute,
+        "activations": empty_places(work) * work.own_tokens * c.layers / mesh["stage"] * kept(work) * compute,
+        **({"copy": gathered(c, mesh) * compute} if lent else {}),
         **busy,
     }
 

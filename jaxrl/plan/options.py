@@ -29,7 +29,7 @@ MODELS = {
     "moonlight-16b-a3b": "moonlight_16b_a3b",
     "minimax-text-01": "minimax_text_01",
 }
-"""Names and the functions of `jaxrl.nets.presets`."""
+"""Short names, and the functions of `jaxrl.nets.presets`."""
 
 Remat = Literal["none", "dots", "full"]
 
@@ -39,7 +39,8 @@ class Plan:
     """What a step of training takes on chips that need not be here: counted, and read from its compiled programs."""
 
     model: str = "llama-8b"
-    """smollm2-135m, llama-8b, llama-70b, qwen3-0.6b to qwen3-32b, deepseek-v3, ...; a wrong name lists them all."""
+    """smollm2-135m, llama-8b, llama-70b, qwen3-0.6b to qwen3-32b, deepseek-v3, ... (a wrong name lists them), or a
+    Transformer of `jaxrl nets`: of encoders and vision-language networks that of tokens, without heads and towers."""
     topology: str = "v5e:16x16"
     """Chips: v4, v5e, v5p, v6e or tpu7x and the shape of a slice, 2xv5e:16x16 for two, h100:HOSTSxGPUS, or cpu:8."""
     mesh: str = "auto"

@@ -8,7 +8,7 @@ from jaxrl.plan import chips
 from jaxrl.plan.hlo import Traffic
 from jaxrl.plan.memory import MOMENTS, cache_bytes, working
 from jaxrl.plan.sizes import attention_widths, gathered, own_parameters, table_entries
-from jaxrl.plan.work import Work, bytes_of, empty_places, rows_parts, sample_flops, train_flops
+from jaxrl.plan.work import Work, bytes_of, empty_places, pipeline_batches, rows_parts, sample_flops, train_flops
 
 LANES = 128
 """Width of a TPU's tile: a matrix cut finer along its last axis is gathered by an all-reduce, at twice the bytes."""
@@ -22,13 +22,14 @@ def cut_fine(work: Work) -> bool:
 def train_traffic(work: Work) -> tuple[Traffic, ...]:
     """The least that a train step sends from each device, by kind and axis (bytes as in `hlo.count`).
 
-    fsdp: the layers' matrices gathered forward and backward and the unembedding once, their gradients
-    reduce-scattered, in the compute type; the embedding's rows exchanged for its columns. With zero 2 and 1 gradients
-    in the compute type, then the new parameters. data, expert and context: gradients all-reduced. tensor: two
-    all-reduces of the residual stream a layer forward, two backward, one again under "full"; one for the embedding and
-    one for the head. expert: the rows of a token's experts there and back, forward and backward, and again what remat
-    leaves. context: keys and values around the ring forward, again under remat, and with their gradients (float32)
-    backward. stage: the residual stream to the next, forward and backward.
+    fsdp: the layers' matrices gathered forward and backward and the unembedding once, their gradients reduce-scattered,
+    in the compute type; the embedding's rows exchanged for its columns. With zero 2 and 1 gradients in the compute
+    type, then the new parameters. A pipeline gathers once for all its ticks, and reduce-scatters in each. data, expert
+    and context: gradients all-reduced. tensor: two all-reduces of the residual stream a layer forward, two backward,
+    one again under "full"; one for the embedding and one for the head. expert: the rows of a token's experts there and
+    back, forward and backward, and again what remat leaves. context: keys and values around the ring forward, again
+    under remat, and with their gradients (float32) backward. stage: the residual stream to the next, forward and
+    backward.
     """
     c, n, rounds = work.config, work.mesh, work.micro_batches
     item, stored = bytes_of(c.dtype), bytes_of(c.param_dtype)
@@ -45,10 +46,11 @@ def train_traffic(work: Work) -> tuple[Traffic, ...]:
             found.append(Traffic(kind, (axis,), float(size), float(times)))
 
     if work.zero == 3:
-        passes = 2 + work.reference
+        ticks = pipeline_batches(work) + n["stage"] - 1
+        passes = (2 if n["stage"] == 1 else 1) + work.reference
         sent = passes * layers + (1 + work.reference) * table
         add("all-gather", "fsdp", rounds * sent * share("fsdp"), rounds * passes)
-        add("reduce-scatter", "fsdp", rounds * (layers + table) * share("fsdp"), rounds)
+        add("reduce-scatter", "fsdp", rounds * (ticks * layers + table) * share("fsdp"), rounds * ticks)
         add("all-to-all", "fsdp", rounds * 2 * stream * share("fsdp"), rounds * 2)
     else:
         kind, times = ("reduce-scatter", 1) if work.zero == 2 else ("all-reduce", 2)

@@ -63,12 +63,17 @@ def bytes_of(dtype: str) -> int:
     return jnp.dtype(dtype).itemsize
 
 
-def empty_places(work: Work) -> float:
-    """Work of a pipeline's layers over what is of use: (M + S - 1) / M for S stages and M micro-batches."""
+def pipeline_batches(work: Work) -> int:
+    """M, into which a pipeline cuts a device's rows: the most that divide them, up to four for each stage."""
     stages = work.mesh["stage"]
     rows = max(work.rows // (work.micro_batches * rows_parts(work.mesh)), 1)
-    parts = max(m for m in range(1, 4 * stages + 1) if rows % m == 0)
-    return (parts + stages - 1) / parts
+    return max(m for m in range(1, 4 * stages + 1) if rows % m == 0) if stages > 1 else 1
+
+
+def empty_places(work: Work) -> float:
+    """Work of a pipeline's layers over what is of use: (M + S - 1) / M for S stages."""
+    parts = pipeline_batches(work)
+    return (parts + work.mesh["stage"] - 1) / parts
 
 
 def pairs(config: TransformerConfig, columns: int, *, causal: bool = True) -> float:
@@ -113,7 +118,7 @@ def train_flops(work: Work, *, dense: bool = False) -> dict[str, float]:
     forward, widths = 2.0 * tokens * layer_matrices(c, active=True), attention_widths(c)
     last = c.layers * c.width * c.ffn if c.experts is None else 0.0
     again = {"none": 0.0, "dots": 0.0, "full": forward - 2.0 * tokens * last}[c.remat]
-    attention = 2.0 * work.rows * pairs(c, columns, causal=not dense) * (widths.scores + widths.mixed)
+    attention = 2.0 * work.rows * pairs(c, columns, causal=c.causal and not dense) * (widths.scores + widths.mixed)
     attention += tokens * linear_flops(c)
     unembed = 2.0 * tokens * work.scored * c.width * c.vocab_size
     parts = {

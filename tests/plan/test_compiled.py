@@ -49,7 +49,9 @@ def test_the_train_step_does_what_was_counted():
     assert got.counts.unknown_loops == 0
     least, real = sent(traffic.train_traffic(one)), sent(got.counts.traffic)
     assert 1 <= real["all-gather", "fsdp"] / least["all-gather", "fsdp"] < 1.1
-    assert 1 <= real["all-reduce", "fsdp"] / (2 * least["reduce-scatter", "fsdp"]) < 1.1  # a CPU reduces all
+    reduced = real["reduce-scatter", "fsdp"] + real["all-reduce", "fsdp"] / 2  # a CPU reduces all of a layer's
+    assert real["reduce-scatter", "fsdp"] > 0  # of the unembedding
+    assert 1 <= reduced / least["reduce-scatter", "fsdp"] < 1.1
     assert real["all-to-all", "fsdp"] == least["all-to-all", "fsdp"]
     # a TPU adds up what q, k and v (gate and up) send back before it reduces that; a CPU reduces each: 8 for 5
     assert 1 <= real["all-reduce", "tensor"] / least["all-reduce", "tensor"] < 1.1 * 8 / 5

@@ -15,7 +15,7 @@ from jaxrl.nets.language_model import language_model
 from jaxrl.nets.latent_attention import LatentConfig
 from jaxrl.nets.moe import MoEConfig
 from jaxrl.nets.transformer import TransformerConfig
-from jaxrl.plan import chips, memory, report, search, sizes, traffic, work
+from jaxrl.plan import chips, command, memory, report, search, sizes, traffic, work
 from jaxrl.plan.options import MODELS
 from jaxrl.posttrain import update
 
@@ -370,3 +370,53 @@ def test_hints_name_what_goes_badly():
     grpo = dataclasses.replace(fine, task="grpo", completion=32, group=8)
     assert "--sampler-mesh" in report.hints(grpo, place)[0]
     assert np.isfinite(traffic.phases(grpo, place)["decode"].seconds)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llama-8b", 8_030_261_248),
+        ("gpt2", 124_439_808),
+        ("chameleon-7b", 7_013_666_816),
+        ("qwen2-vl-7b", 7_615_616_512),
+    ],
+)
+def test_transformers_of_the_catalogue_have_a_plan(name, parameters):
+    assert sum(sizes.parameters(command.transformer_of(name)).values()) == parameters
+
+
+def test_an_encoder_looks_at_all_pairs():
+    one = a_work(config=command.transformer_of("bert-base"), mesh={"fsdp": 8})
+    causal = dataclasses.replace(one, config=dataclasses.replace(one.config, causal=True))
+    n = one.length - 1
+    ratio = work.train_flops(one)["attention"] / work.train_flops(causal)["attention"]
+    assert ratio == pytest.approx(n * n / (n * (n + 1) / 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "vit-b16",
+            "a vision network: what is planned is the training of Transformers of tokens",
+        ),
+        ("albert-base", "shares its layers' parameters or has embeddings of another width"),
+        ("electra-small", "shares its layers' parameters or has embeddings of another width"),
+    ],
+)
+def test_what_has_no_plan_is_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        command.transformer_of(name)
+
+
+def test_a_pipeline_gathers_once_and_reduces_in_each_tick():
+    """16 rows in 16 micro-batches, on 4 stages: 19 ticks."""
+    llama = command.transformer_of("llama-8b")
+    one, staged = (a_work(batch=32, config=llama, mesh=mesh) for mesh in ({"fsdp": 2}, {"fsdp": 2, "stage": 4}))
+    sent = lambda w: {x.kind: x.bytes for x in traffic.train_traffic(w) if x.axes == ("fsdp",)}
+    table = llama.vocab_size * llama.width * jnp.dtype(llama.dtype).itemsize / 2  # its other half is here
+    layers = (sent(one)["all-gather"] - table) / 2
+    assert sent(staged)["all-gather"] == pytest.approx(layers / 4 + table)
+    assert sent(staged)["reduce-scatter"] == pytest.approx(19 * layers / 4 + table)
+    copy = memory.train_memory(staged)["copy"]
+    assert copy == pytest.approx(2 * layers / 4) and "copy" not in memory.train_memory(one)

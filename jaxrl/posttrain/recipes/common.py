@@ -239,7 +239,7 @@ def prepare(
     mesh, sampler = parallel.make_mesh(run.mesh) if run.mesh and not sampler_mesh else None, None
     if sampler_mesh:
         mesh, sampler = apart.two_meshes(run.mesh, sampler_mesh)
-    model, key = _model(transformer, mesh), jax.random.key(run.seed)
+    model, key = _model(transformer, mesh, run.zero), jax.random.key(run.seed)
     origin = runs.origin(run.adapter, run.init, start.params) if start and adapter is not None else None
     # one program in both cases, so that a resumed run gets the very same numbers
     setup = Setup(work, model, transformer, lambda: jax.jit(model.init)(key), mesh, adapter, origin, run.zero, sampler)
@@ -253,8 +253,8 @@ def prepare(
     return setup
 
 
-def _model(transformer: TransformerConfig, mesh: Any) -> LanguageModel:
-    return language_model(transformer) if mesh is None else parallel.model_on(transformer, mesh)
+def _model(transformer: TransformerConfig, mesh: Any, zero: int) -> LanguageModel:
+    return language_model(transformer) if mesh is None else parallel.model_on(transformer, mesh, zero=zero)
 
 
 def with_context(setup: Setup, length: int) -> Setup:
@@ -262,7 +262,7 @@ def with_context(setup: Setup, length: int) -> Setup:
     if length <= setup.transformer.max_length:
         return setup
     transformer = dataclasses.replace(setup.transformer, max_length=length)
-    return setup._replace(transformer=transformer, base=_model(transformer, setup.mesh))
+    return setup._replace(transformer=transformer, base=_model(transformer, setup.mesh, setup.zero))
 
 
 def _longest(work: task.Task, max_tokens: int, *, supervised: bool) -> int:
