@@ -50,7 +50,9 @@ MAX_TOKENS = 256
 
 
 def load_pretrained(where: str | Path, *, tokenizer: str = "", **changes) -> Model:
-    """Opens a published decoder: Llama, Mistral, Qwen, SmolLM2, GPT-2, Mixtral, Qwen-MoE, DeepSeek-V2 and V3, MiniMax.
+    """Opens a published decoder: Llama, Mistral, Qwen, SmolLM2, GPT-2, Mixtral, Qwen-MoE, DeepSeek-V2, V3, MiniMax.
+
+    And LLaDA, which fills in masks: `mask_id` of its `Model` is what the functions of `jaxrl.diffusion` take.
 
     Args:
       where: a folder with config.json, *.safetensors, tokenizer.json and tokenizer_config.json; a .gguf file; or a
@@ -75,9 +77,9 @@ def load_pretrained(where: str | Path, *, tokenizer: str = "", **changes) -> Mod
     if path.suffix == ".gguf":
         metadata, tensors = weights.read_gguf(path)
         transformer = named(path, lambda: weights.from_gguf(metadata, tensors, **changes))
-        words = open_tokenizer(tokenizer) if tokenizer else tokenizer_from_gguf(metadata, str(path))
+        words, said = open_tokenizer(tokenizer) if tokenizer else tokenizer_from_gguf(metadata, str(path)), {}
     else:
-        transformer, _ = folders.described(path, _decoder, **changes)
+        transformer, said = folders.described(path, _decoder, **changes)
         words, tensors = open_tokenizer(tokenizer or str(path)), weights.read_safetensors(path)
     _check_vocabulary(words, transformer, path)
     params = named(path, lambda: weights.from_checkpoint(transformer, tensors))
@@ -91,6 +93,7 @@ def load_pretrained(where: str | Path, *, tokenizer: str = "", **changes) -> Mod
         example="",
         template=template_of(words),
         ends=turn_ends(words),
+        mask_id=None if transformer.causal else said.get("mask_token_id"),
     )
 
 
@@ -228,10 +231,10 @@ def load_chameleon(where: str | Path, *, vqgan: str | Path | None = None, tokeni
 def save_pretrained(
     model: Model, folder: str | Path, *, dtype: str = "float32", shard_bytes: int = 5 * 10**9
 ) -> list[Path]:
-    """Writes a folder that transformers, vLLM and `load_pretrained` open.
+    """Writes a folder that transformers, vLLM and `load_pretrained` open; of LLaDA see `nets.weights.llada`.
 
     Args:
-      model: of a run (`runs.load_model`) or a published one.
+      model: of a run (`runs.load_model`) or a published one; one that fills in masks with its `mask_id`.
       folder: new or empty.
       dtype: float32, bfloat16 or float16, the type of the file.
       shard_bytes: the most one file of weights holds.
@@ -251,7 +254,8 @@ def save_pretrained(
     ids = {"bos_token_id": words.bos_id, "eos_token_id": words.eos_id, "pad_token_id": words.pad_id}
     ids = {name: i for name, i in ids.items() if i is not None}
     tensors = weights.to_checkpoint(model.transformer, model.params)
-    config = weights.to_hugging_face(model.transformer) | ids
+    masks = {} if model.mask_id is None else {"mask_token_id": model.mask_id}
+    config = weights.to_hugging_face(model.transformer) | ids | masks
     files = weights.write_safetensors(folder, tensors, dtype=dtype, shard_bytes=shard_bytes)
     save_tokenizer(words, folder)
     ends = [words.eos_id, *model.ends]

@@ -39,7 +39,8 @@ class Model(NamedTuple):
 
     `marker` is the text after which an answer stands (empty: the whole completion), `max_tokens` the completion width
     it was trained for, `example` a prompt of its task (empty: none known). `template` renders conversations (None: the
-    model knows none), and `ends` are the ids besides EOS that end its turn.
+    model knows none), and `ends` are the ids besides EOS that end its turn. `mask_id` is the mask token of a network
+    that fills in masks, as LLaDA; None: it reads from left to right.
     """
 
     language_model: LanguageModel
@@ -51,6 +52,7 @@ class Model(NamedTuple):
     example: str
     template: Template | None = None
     ends: tuple[int, ...] = ()
+    mask_id: int | None = None
 
 
 def check_new(folder: str | Path) -> None:

@@ -96,7 +96,7 @@ class Attention(nn.Module):
 
         Args:
           x: [B, T, D].
-          cos, sin: [B, T, 1, Dh / 2] from `rope.rotation`; None: positions do not turn anything.
+          cos, sin: [B, T, 1, d / 2] from `rope.rotation`, of the d numbers that turn; None: positions turn nothing.
           mask: a mask of `jaxrl.kernels.attention`, over cache columns when there is a slot.
           slot: this layer's place in the cache, or None.
           windowed: boolean scalar, whether this layer uses `window` and `pattern`; None: it does if there are any.

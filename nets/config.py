@@ -58,6 +58,7 @@ class TransformerConfig:
     max_length: int = 2048  # the longest sequence or cache accepted
     causal: bool = True  # what a token sees where no mask is given: those before it, or all
     positions: Literal["rotary", "learned", "none"] = "rotary"
+    rotary_dim: int | None = None  # how many numbers of a head turn, the first ones; None: all
     rope_base: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     rope_sections: tuple[int, ...] | None = None  # frequencies of each axis of positions [axes, B, T] (Qwen2-VL)
@@ -92,10 +93,16 @@ class TransformerConfig:
         if self.head_dim is None and self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}: give head_dim")
         if self.positions == "rotary" and self.rotated % 2:
-            raise ValueError(
-                f"{'latent.rope' if self.latent else 'head_dim'} is {self.rotated}, but rotary embedding turns pairs: "
-                "give an even one"
-            )
+            name = "latent.rope" if self.latent else "head_dim" if self.rotary_dim is None else "rotary_dim"
+            raise ValueError(f"{name} is {self.rotated}, but rotary embedding turns pairs: give an even one")
+        if self.rotary_dim is not None:
+            whole = self.latent or self.rope_sections or self.positions != "rotary"
+            if whole or not 2 <= self.rotary_dim < self.head_size:
+                raise ValueError(
+                    f"rotary_dim is {self.rotary_dim} of {self.head_size}, with positions {self.positions!r}, "
+                    f"rope_sections {self.rope_sections} and {'' if self.latent else 'no '}latent attention: expected "
+                    "an even part of a head, rotary positions and neither of the others (None: all numbers turn)"
+                )
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(map(repr, known))}")
@@ -155,7 +162,9 @@ class TransformerConfig:
     @property
     def rotated(self) -> int:
         """Numbers of a head that rotary positions turn."""
-        return self.head_size if self.latent is None else self.latent.rope
+        if self.latent is not None:
+            return self.latent.rope
+        return self.head_size if self.rotary_dim is None else self.rotary_dim
 
     @property
     def dense_layers(self) -> int:

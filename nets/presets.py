@@ -53,6 +53,8 @@ def shrunk(
     if c.latent:
         q_rank = None if c.latent.q_rank is None else width // 2
         fields["latent"] = LatentConfig(width // 2, head, max(head // 4 * 2, 2), head, q_rank)
+    if c.rotary_dim:
+        fields["rotary_dim"] = max(head * c.rotary_dim // c.head_size // 2 * 2, 2)
     if c.rope_sections:
         rest = (head // 2 - head // 8) // 2
         fields["rope_sections"] = (head // 2 - 2 * rest, rest, rest)
@@ -189,6 +191,18 @@ def deepseek_llm_67b(**changes) -> TransformerConfig:
     return replace(deepseek_llm_7b(), **(sizes | changes))
 
 
+def llada_8b(**changes) -> TransformerConfig:
+    """LLaDA 8B (Nie et al. 2025, arXiv:2502.09992): 8,015,581,184 parameters, all tokens see each other.
+
+    Base and Instruct; `nets.weights.llada` says how it is sampled from. Its mask token is 126336, its EOS 126081.
+    """
+    config = TransformerConfig(
+        vocab_size=126464, width=4096, layers=32, heads=32, kv_heads=32, ffn=12288, max_length=4096, causal=False,
+        rope_base=5e5, norm_eps=1e-5,
+    )  # fmt: skip
+    return replace(config, **changes)
+
+
 def mixtral_8x7b(**changes) -> TransformerConfig:
     """Mixtral 8x7B (Jiang et al. 2024, arXiv:2401.04088): 46,702,792,704 parameters."""
     config = TransformerConfig(
@@ -297,14 +311,14 @@ def minimax_text_01(**changes) -> TransformerConfig:
     """MiniMax-Text-01 (MiniMax 2025, arXiv:2501.08313): 456,089,655,296 parameters, every eighth layer attends.
 
     Its norms stand before a layer and on the residual stream itself, which is norm_place "post" with a norm of the
-    embeddings: input_layernorm of the next layer is our ffn_norm. All 128 numbers of a head turn, as in transformers'
-    class; the released configuration turns 64.
+    embeddings: input_layernorm of the next layer is our ffn_norm. Half of a head turns, as the released configuration
+    says; in transformers 5.24's class all of it does (rotary_dim=None).
     """
     config = TransformerConfig(
         vocab_size=200064, width=6144, layers=80, heads=64, kv_heads=8, ffn=9216, head_dim=128,
         experts=replace(GATINGS["mixtral"], experts=32, ffn=9216), linear=replace(LIGHTNING, kv_heads=64),
         linear_layers=tuple(i for i in range(80) if i % 8 != 7), max_length=10_240_000, rope_base=1e7, norm_eps=1e-5,
-        norm_place="post", embed_norm=True, residual=3.5565588200778455,
+        norm_place="post", embed_norm=True, residual=3.5565588200778455, rotary_dim=64,
     )  # fmt: skip
     return replace(config, **changes)
 

@@ -65,7 +65,7 @@ def frequencies(head_dim: int, *, base: float = 10_000.0, scaling: RopeScaling |
     """Angles per position, f_i = base ** (-2i / d), changed by the scaling.
 
     Args:
-      head_dim: d, even.
+      head_dim: d, how many numbers of a head turn, even.
       base: theta of the paper.
       scaling: one of the dataclasses of this file, or None. `DynamicNTK` depends on the length of the
       sequence
@@ -154,15 +154,24 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = 
     """Turn the pairs (x_i, x_{i + d/2}) by their angles: the half-split layout of Llama and Qwen checkpoints.
 
     Args:
-      x: [B, T, H, d] queries or keys.
-      cos, sin: [B, T, 1, d / 2] from `rotation`.
+      x: [B, T, H, Dh] queries or keys.
+      cos, sin: [B, T, 1, d / 2] from `rotation`; the first d numbers of a head turn, the others pass (GPT-NeoX:
+        Black et al. 2022, arXiv:2204.06745).
       interleaved: turn the pairs (x_2i, x_2i+1) instead, as DeepSeek's checkpoints want; the result is half-split all
         the same, which products of queries with keys do not notice.
 
     Returns:
-      [B, T, H, d] in x's type; the turn itself is float32.
+      [B, T, H, Dh] in x's type; the turn itself is float32.
+
+    Raises:
+      ValueError: angles for more numbers than a head has.
     """
-    wide = x.astype(jnp.float32)
+    size = 2 * cos.shape[-1]
+    if size > x.shape[-1]:
+        raise ValueError(
+            f"cos turns {size} numbers of a head, but x has shape {x.shape}: expected at most its last axis"
+        )
+    wide = x[..., :size].astype(jnp.float32)
     first, second = (wide[..., ::2], wide[..., 1::2]) if interleaved else jnp.split(wide, 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return turned if size == x.shape[-1] else jnp.concatenate([turned, x[..., size:]], axis=-1)

@@ -26,15 +26,17 @@ tiny random networks, of the published weights for minilm and smollm2 where they
 compiled as tests are. Losses are left to the tests. A gradient that is 0 but for rounding, as that of a key's bias, is
 compared with the largest gradient of its network. In brackets: how many tensors; that of swinv2 is the images', where
 sharp cosine attention amplifies rounding, torch's as well. What stands against vqgan is written in torch beside its
-values: transformers has no decoder of pictures. Written by `python benchmarks/nets/parity.py`.
+values: transformers has no decoder of pictures. llada's reference is transformers' Llama with nothing masked, phi3 a
+Llama of ours whose heads turn in part. Written by `python benchmarks/nets/parity.py`.
 
 | network | reference | cases | largest error of outputs | of gradients |
 |---|---|---|---|---|
 """
 NETWORKS = {  # and the script in tests/golden that wrote the values
-    "make_transformers": ("llama", "qwen2", "qwen3", "mistral"),
+    "make_transformers": ("llama", "qwen2", "qwen3", "mistral", "phi3"),
     "make_networks": ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "moonlight"),
     "make_linear": ("minimax", "minimax_odd"),
+    "make_llada": ("llada",),
     "make_chameleon": ("chameleon",),
     "make_vision_language": ("qwen2_vl", "qwen25_vl", "kimi_vl"),
     "make_encoders": ("bert", "roberta", "albert", "electra", "distilbert", "minilm", "gpt2"),
@@ -45,8 +47,9 @@ NETWORKS = {  # and the script in tests/golden that wrote the values
 }
 SCRIPT = {network: script for script, networks in NETWORKS.items() for network in networks}
 TESTS = {  # and the network of the tests in it that name none
-    "nets/test_golden.py": "",
+    "nets/test_golden.py": "phi3",
     "nets/test_folders.py": "vqgan",
+    "nets/test_llada.py": "llada",
     "nets/test_chameleon.py": "chameleon",
     "nets/test_vision_language.py": "qwen2_vl",
     "nets/test_encoder.py": "bert",
@@ -113,10 +116,14 @@ def pytest_runtest_call(item):
         return (yield)
 
 
-def reference(script: str) -> str:
-    """Libraries and their versions, from the script's docstring."""
+def reference(network: str) -> str:
+    """Libraries and their versions, from the docstring of its script."""
+    script = SCRIPT[network]
     text = ast.get_docstring(ast.parse((GOLDEN / f"{script}.py").read_text())) or ""
-    return ", ".join(" ".join(pair) for pair in re.findall(r"\b(transformers|torch) (\d+\.\d+\.\d+)", text))
+    found = dict(re.findall(r"\b(transformers|torch) (\d+\.\d+\.\d+)", text))
+    if own := re.search(rf"\b{network} with (\d+\.\d+\.\d+)", text):
+        found["transformers"] = own[1]
+    return ", ".join(" ".join(pair) for pair in found.items())
 
 
 def errors(compared: list[Compared]) -> tuple[list[float], list[tuple[float, str]]]:
@@ -133,7 +140,7 @@ def summary(network: str) -> dict:
     outputs = [(max(of_outputs), test) for test, (of_outputs, _) in tests.items() if of_outputs]
     gradients = sorted(pair for _, of_gradients in tests.values() for pair in of_gradients)
     return {
-        "reference": reference(SCRIPT[network]),
+        "reference": reference(network),
         "cases": len(outputs),
         "outputs": max(outputs)[0],
         "worst_case": max(outputs)[1],

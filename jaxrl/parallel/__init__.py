@@ -6,6 +6,7 @@ from jaxrl.parallel.mesh import make_mesh as make_mesh
 from jaxrl.parallel.mesh import on_host as on_host
 from jaxrl.parallel.model import model_on as model_on
 from jaxrl.parallel.processes import initialise as initialise
+from jaxrl.parallel.relayout import relaid as relaid
 from jaxrl.parallel.sharding import LAST_AXIS as LAST_AXIS
 from jaxrl.parallel.sharding import RULES as RULES
 from jaxrl.parallel.sharding import check_rows as check_rows

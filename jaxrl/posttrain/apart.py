@@ -169,7 +169,7 @@ def make(
     rounded = jax.jit(lambda state: light(state, dtype))
 
     def place_policy(policy):
-        return jax.device_put(policy, policy_shardings(policy), may_alias=False)
+        return parallel.relaid(policy, policy_shardings(policy))
 
     def draw(policy, problems):
         version = policy.step

@@ -185,7 +185,7 @@ def complete(
     if tools:
         generate = _with_tools(model, width, tools, sampling=sampling, form=form, turns=turns, samples=samples)
     else:
-        generate = task.make_generate(model.language_model, tokenizer, sampling, samples=samples)
+        generate = task.make_generate(model.language_model, tokenizer, sampling, samples=samples, mask_id=model.mask_id)
     size = min(max(batch // samples, 1), len(problems))
     texts, finish, scores, lengths = [], [], [], []
     for start in range(0, len(problems), size):

@@ -56,7 +56,11 @@ def open_run(folder: str, *, sampling: Sampling, samples: int = 1) -> Speaker:
     model = runs.load_model(folder)
     tokenizer = model.tokenizer
     sampling = fitted(sampling, model)
-    generate = task.make_generate(model.language_model, tokenizer, sampling, samples=samples)
+    if not model.transformer.causal and model.mask_id is None:
+        raise ValueError(
+            f"{folder} sees tokens on both sides and names no mask token; expected a model that writes text"
+        )
+    generate = task.make_generate(model.language_model, tokenizer, sampling, samples=samples, mask_id=model.mask_id)
     room = model.transformer.max_length - sampling.max_tokens
     encode = partial(
         encode_prompts,

@@ -2,8 +2,9 @@
 
 import glob
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -126,8 +127,18 @@ def stops(tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
     return tuple((i,) for i in turn_ends(tokenizer))
 
 
-def make_generate(model: LanguageModel, tokenizer: Tokenizer, sampling: Sampling, *, samples: int = 1) -> Callable:
-    """A compiled `(params, prompts, key) -> Rollout`; a chat model stops at the end of its turn."""
+def make_generate(
+    model: LanguageModel, tokenizer: Tokenizer, sampling: Sampling, *, samples: int = 1, mask_id: int | None = None
+) -> Callable:
+    """A compiled `(params, prompts, key) -> Rollout`; a chat model stops at the end of its turn.
+
+    With a `mask_id` completions are masks that are filled in, one token a pass, the most probable first.
+    """
+    ids: dict[str, Any] = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id, "samples": samples}
+    if mask_id is not None:
+        from jaxrl import diffusion  # which trains by what stands here
+
+        return jax.jit(partial(diffusion.generate, model, sampling=sampling, mask_id=mask_id, **ids))
 
     @jax.jit
     def generate(params, prompts: Prompts, key):
@@ -137,10 +148,8 @@ def make_generate(model: LanguageModel, tokenizer: Tokenizer, sampling: Sampling
             prompts,
             key,
             sampling=sampling,
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
-            samples=samples,
             stop=stops(tokenizer),
+            **ids,
         )
 
     return generate

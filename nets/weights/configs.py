@@ -23,7 +23,7 @@ CLASSES = {
     "chameleon": "ChameleonForConditionalGeneration",
 }
 OF_ENCODERS = (
-    *("causal", "positions", "rope_sections", "norm", "norm_place", "gated", "activation", "bias"),
+    *("causal", "positions", "rotary_dim", "rope_sections", "norm", "norm_place", "gated", "activation", "bias"),
     *("embed_width", "embed_norm", "token_types", "share_layers"),
     *("linear", "linear_layers", "rectified", "residual", "pattern"),
 )
@@ -38,11 +38,12 @@ def from_hugging_face(config: Mapping[str, Any], **changes) -> TransformerConfig
       changes: fields of TransformerConfig to set, such as dtype or remat.
 
     Raises:
-      ValueError: an architecture, activation, rope type or quantisation that is not supported.
+      ValueError: an architecture, activation, rope type or quantisation that is not supported; heads of which a part
+        turns, unless `changes` say which `rotary_dim` is meant.
     """
     kind = config.get("model_type")
     if kind not in CLASSES:
-        raise ValueError(f"model_type is {kind!r}, expected one of {', '.join(CLASSES)}, gpt2, minimax")
+        raise ValueError(f"model_type is {kind!r}, expected one of {', '.join(CLASSES)}, gpt2, minimax, llada")
     quantised = config.get("quantization_config") or {}
     blocks = quantised.get("quant_method") == "fp8" and quantised.get("weight_block_size") == [128, 128]
     if quantised and not blocks:  # FP8 in blocks is turned into floats where it is read
@@ -54,6 +55,11 @@ def from_hugging_face(config: Mapping[str, Any], **changes) -> TransformerConfig
         raise ValueError(f"hidden_act is {config['hidden_act']!r}, expected 'silu': the layers are SwiGLU")
     if kind not in ("qwen2", "qwen2_moe") and (config.get("attention_bias") or config.get("mlp_bias")):
         raise ValueError("attention_bias and mlp_bias are set, but only Qwen2's biases on q, k and v exist here")
+    if "rotary_dim" not in changes and (turned := rotary_dim(config)) is not None:
+        raise ValueError(
+            f"{turned} numbers of a head turn (rotary_dim or partial_rotary_factor), but in transformers' "
+            f"{CLASSES[kind]} all do: give rotary_dim=None for that network"
+        )
     base, scaling = _rope(config)
     fields = {
         "vocab_size": config["vocab_size"],
@@ -80,6 +86,26 @@ def from_hugging_face(config: Mapping[str, Any], **changes) -> TransformerConfig
         fields |= {"latent": latent, "kv_heads": fields["heads"], "head_dim": None}
         fields["head_dim"] = None if config["hidden_size"] % fields["heads"] == 0 else latent.nope + latent.rope
     return TransformerConfig(**(fields | changes))
+
+
+def rotary_dim(config: Mapping[str, Any]) -> int | None:
+    """How many numbers of a head turn by `rotary_dim` or `partial_rotary_factor` of a `config.json`; None: all.
+
+    Raises:
+      ValueError: fields that say different numbers.
+    """
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    parts = (config, config.get("rope_parameters") or {}, config.get("rope_scaling") or {})
+    factors = [part["partial_rotary_factor"] for part in parts if part.get("partial_rotary_factor") is not None]
+    said = {int(size * factor) for factor in factors}
+    if config.get("rotary_dim") is not None:
+        said.add(config["rotary_dim"])
+    if len(said) > 1:
+        raise ValueError(
+            f"rotary_dim is {config.get('rotary_dim')} and partial_rotary_factor {factors}: {sorted(said)} of {size} "
+            "numbers of a head turn, expected one of these; take the wrong field out"
+        )
+    return None if said <= {size} else said.pop()
 
 
 def _experts(config: Mapping[str, Any]) -> MoEConfig | None:

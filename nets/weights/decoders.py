@@ -1,4 +1,4 @@
-"""Checkpoints of decoders whatever their names: GPT-2's and MiniMax's are their own, all others' those of `names`."""
+"""Checkpoints of decoders whatever their names: those of GPT-2, MiniMax and LLaDA are their own, others in `names`."""
 
 from collections.abc import Mapping
 from types import ModuleType
@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from jaxrl.nets.config import TransformerConfig
-from jaxrl.nets.weights import configs, gpt2, minimax, names
+from jaxrl.nets.weights import configs, gpt2, llada, minimax, names
 
-OWN = {"gpt2": gpt2, "minimax": minimax}
+OWN = {"gpt2": gpt2, "minimax": minimax, "llada": llada}
 
 
 def from_hugging_face(config: Mapping[str, Any], **changes) -> TransformerConfig:
@@ -34,6 +34,8 @@ def to_checkpoint(config: TransformerConfig, params: Mapping[str, Any]) -> dict[
 
 def _own(config: TransformerConfig) -> ModuleType | None:
     """The module of an architecture with names of its own, None for all others."""
-    if config.causal and config.positions == "learned":
+    if not config.causal:
+        return llada
+    if config.positions == "learned":
         return gpt2
     return minimax if config.linear and config.linear.decay == "lightning" and config.experts else None

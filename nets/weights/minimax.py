@@ -45,12 +45,12 @@ def from_hugging_face(config: Mapping[str, Any], **changes) -> TransformerConfig
 
     Raises:
       ValueError: choices that are not built here, all in one message: sums with factors alpha that differ or with a
-        beta other than 1, heads of which a part turns (`rotary_dim` of the file that MiniMax published, which
-        transformers 5.24 does not look at either), a sliding window, no lightning layer at all.
+        beta other than 1, a sliding window, no lightning layer at all.
+
+    `rotary_dim` of the file that MiniMax published, or `partial_rotary_factor`, says how many numbers of a head turn.
+    transformers' class (5.24) passes over both and turns all: give rotary_dim=None for that network.
     """
-    of = config.get
-    size = of("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    rope, types = of("rope_parameters") or {}, config["layer_types"]
+    of, types = config.get, config["layer_types"]
     alphas = {f"{name}_alpha_factor": float(of(f"{name}_alpha_factor", 1)) for name in SUMS}
     wanted = {
         "model_type": "minimax", "hidden_act": "silu", "sliding_window": None,
@@ -59,12 +59,6 @@ def from_hugging_face(config: Mapping[str, Any], **changes) -> TransformerConfig
     wrong = [
         f"{key} is {config[key]!r}, expected {value!r}" for key, value in wanted.items() if of(key, value) != value
     ]
-    turned = of("rotary_dim", of("partial_rotary_factor", rope.get("partial_rotary_factor", 1)) * size)
-    if turned != size:
-        wrong.append(
-            f"{turned:g} of the {size} numbers of a head turn (rotary_dim or partial_rotary_factor), but here all do; "
-            "take the field out for the network that transformers 5.24 makes of the file"
-        )
     if len(set(alphas.values())) > 1:
         wrong.append(f"the factors {alphas} differ, expected one for all sums")
     if set(types) - set(KINDS) or KINDS[0] not in types or len(types) != config["num_hidden_layers"]:
@@ -80,6 +74,7 @@ def from_hugging_face(config: Mapping[str, Any], **changes) -> TransformerConfig
         "norm_place": "post",
         "embed_norm": True,
         "residual": alphas["mlp_alpha_factor"],
+        "rotary_dim": configs.rotary_dim(config),
     }
     plain = {"rope_theta": 1e6, **config, "model_type": "mixtral"}
     return configs.from_hugging_face(plain, **(own | changes))
@@ -88,17 +83,22 @@ def from_hugging_face(config: Mapping[str, Any], **changes) -> TransformerConfig
 def to_hugging_face(config: TransformerConfig) -> dict[str, Any]:
     """The `config.json` of a MiniMax: plain JSON without the ids of special tokens.
 
+    transformers' class (5.24) does not look at the `rotary_dim` in it, so it makes another network of such a file.
+
     Raises:
       ValueError: a network with choices that are not MiniMax's.
     """
     c = config
-    plain = replace(c, linear=None, linear_layers=None, norm_place="pre", embed_norm=False, residual=1.0)
+    plain = replace(
+        c, linear=None, linear_layers=None, norm_place="pre", embed_norm=False, residual=1.0, rotary_dim=None
+    )
     found = configs.to_hugging_face(plain) | {
         "architectures": ["MiniMaxForCausalLM"],
         "model_type": "minimax",
         "layer_types": [KINDS[0] if kind.linear else KINDS[1] for kind in c.kinds],
         **{f"{name}_alpha_factor": c.residual for name in SUMS},
         **{f"{name}_beta_factor": 1.0 for name in SUMS},
+        **({} if c.rotary_dim is None else {"rotary_dim": c.rotary_dim}),
     }
     if configs.model_type(plain) == "mixtral":
         again = from_hugging_face(found, **{name: getattr(c, name) for name in FREE})

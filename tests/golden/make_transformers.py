@@ -4,8 +4,9 @@ Run it in an environment of its own with torch and transformers (they are not de
 
     HF_HUB_OFFLINE=1 python tests/golden/make_transformers.py
 
-made with torch 2.13.0 (CPU) and transformers 5.23.0. Each file holds
-  weight/NAME    the checkpoint's tensors, float16-representable (they are computed with as float32)
+made with torch 2.13.0 (CPU) and transformers 5.23.0, phi3 with 5.24.0. Each file holds
+  weight/NAME    the checkpoint's tensors, float16-representable (they are computed with as float32); of phi3 under a
+                 Llama's names, see `as_llama`
   CASE/config    the model's config.json, as text
   CASE/ids       token ids [B, T], CASE/positions [B, T] and CASE/real [B, T] (0 on left padding)
   CASE/logits    [B, T, V] float32, eager attention
@@ -23,6 +24,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -87,6 +90,19 @@ def run(model_class, config, weights, *, padded=False, gradients=False, length=1
     return out
 
 
+def as_llama(weights, config):
+    """Phi-3's tensors under a Llama's names, which keep apart what it fuses."""
+    size = config.hidden_size // config.num_attention_heads
+    ends = np.cumsum([config.num_attention_heads * size, config.num_key_value_heads * size])
+    parts = {"qkv_proj": ("qkv", ends), "gate_up_proj": (("gate", "up"), [config.intermediate_size])}
+    found = dict(weights)
+    for fused, (names, at) in parts.items():
+        for name in [name for name in found if fused in name]:
+            pieces = zip(names, np.split(found.pop(name), at), strict=True)
+            found |= {name.replace(fused, f"{part}_proj"): piece for part, piece in pieces}
+    return found
+
+
 def write(name, weights, cases):
     """One file per set of weights, shared by its cases."""
     arrays = {f"weight/{key}": value for key, value in weights.items()}
@@ -149,6 +165,12 @@ def main():
     )
     weights = checkpoint(MistralForCausalLM, mistral, seed=40)
     write("mistral", weights, {"window": run(MistralForCausalLM, mistral, weights)})
+
+    parameters = rope(theta=100.0, partial_rotary_factor=0.75)
+    ids = {"pad_token_id": 0, "eos_token_id": 2}
+    phi3 = Phi3Config(**SIZES, **parameters, **ids, rms_norm_eps=1e-5, tie_word_embeddings=False)
+    weights = checkpoint(Phi3ForCausalLM, phi3, seed=50)
+    write("phi3", as_llama(weights, phi3), {"plain": run(Phi3ForCausalLM, phi3, weights)})
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Folders as Hugging Face has them, of every architecture that is no plain decoder, through the door that opens it."""
 
+import dataclasses
 import json
 
 import jax
@@ -46,6 +47,19 @@ def test_a_folder_of_minimax_opens_and_is_written_again(tmp_path):
     save_pretrained(model, tmp_path / "again")
     again = load_pretrained(tmp_path / "again")
     assert again.transformer == config
+    jax.tree.map(np.testing.assert_array_equal, again.params, params)
+
+
+def test_a_folder_of_minimax_as_published_turns_a_part_of_its_heads(tmp_path):
+    with np.load(GOLDEN / "minimax_odd.npz") as arrays:
+        tensors = {k.removeprefix("weight/"): arrays[k] for k in arrays if k.startswith("weight/")}
+    config, params, stored = test_golden.load("minimax_odd", "plain")
+    folder = write_folder(tmp_path, json.loads(str(stored["config"])) | {"rotary_dim": 4}, tensors)
+    assert load_pretrained(folder, max_length=64, rotary_dim=None).transformer == config
+    save_pretrained(load_pretrained(folder, max_length=64), tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["rotary_dim"] == 4
+    again = load_pretrained(tmp_path / "again")
+    assert again.transformer == dataclasses.replace(config, rotary_dim=4)
     jax.tree.map(np.testing.assert_array_equal, again.params, params)
 
 

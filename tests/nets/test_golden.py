@@ -72,6 +72,28 @@ def test_rope_variants_are_told_apart():
     np.testing.assert_array_equal(first["ids"], second["ids"])
 
 
+def test_a_part_of_a_head_turns_as_in_torch():
+    """Phi-3, a Llama under other names whose heads turn by three quarters; whole, and through a cache."""
+    with np.load(GOLDEN / "phi3.npz") as file:
+        stored = {k.removeprefix("plain/"): file[k] for k in file}
+    published = json.loads(str(stored["config"])) | {"model_type": "llama"}
+    with pytest.raises(ValueError, match="6 numbers of a head turn .* transformers' LlamaForCausalLM all do"):
+        from_hugging_face(published)
+    config, whole = (from_hugging_face(published, max_length=64, rotary_dim=n) for n in (6, None))
+    weights = {k.removeprefix("weight/"): v for k, v in stored.items() if k.startswith("weight/")}
+    params, model = from_checkpoint(whole, weights), language_model(config)
+    with pytest.raises(ValueError, match="rotary_dim differ from a Llama's"):
+        from_checkpoint(config, weights)
+    got, other = (jax.jit(forward, static_argnums=0)(c, params, arrays(stored)) for c in (config, whole))
+    np.testing.assert_allclose(got, stored["logits"], atol=1e-5, rtol=1e-5)
+    assert np.abs(other - stored["logits"]).max() > 1e-2
+    cache, ids, run = model.init_cache(2, 12), jnp.asarray(stored["ids"]), jax.jit(model.apply)
+    for part in (slice(0, 9), slice(9, 10), slice(10, 11), slice(11, 12)):
+        hidden, cache = run(params, ids[:, part], cache=cache)
+        got = logits(hidden, model.unembedding(params))
+        np.testing.assert_allclose(got, stored["logits"][:, part], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("file", ["qwen3", "mixtral", "deepseek_v3", "minimax"])
 def test_loss_and_gradients_equal_those_of_torch(file):
     config, params, stored = load(file, "plain")
@@ -152,6 +174,9 @@ def test_unsupported_published_configs_are_refused():
         from_hugging_face(published | {"rope_parameters": {"rope_type": "longrope"}})
     with pytest.raises(ValueError, match="attention_bias"):
         from_hugging_face(published | {"attention_bias": True})
+    with pytest.raises(ValueError, match="4 numbers of a head turn .* LlamaForCausalLM all do"):
+        from_hugging_face(published | {"partial_rotary_factor": 0.5})
+    assert from_hugging_face(published | {"partial_rotary_factor": 1.0}) == from_hugging_face(published)
 
 
 def test_a_minimax_that_does_not_fit_names_every_problem():
@@ -175,8 +200,8 @@ def test_a_minimax_that_does_not_fit_names_every_problem():
     [
         ({"full_attn_beta_factor": 0.5}, "full_attn_beta_factor is 0.5, expected 1"),
         ({"mlp_alpha_factor": 2.0}, "'mlp_alpha_factor': 2.0. differ, expected one for all sums"),
-        ({"rotary_dim": 4}, "4 of the 6 numbers of a head turn .*, but here all do"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "3 of the 6 numbers of a head turn"),
+        ({"rotary_dim": 3}, "rotary_dim is 3, but rotary embedding turns pairs"),
+        ({"rotary_dim": 4, "partial_rotary_factor": 0.5}, r"\[3, 4\] of 6 numbers of a head turn, expected one"),
         ({"sliding_window": 8, "hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'; sliding_window is 8"),
         ({"layer_types": ["full_attention"] * 6}, "linear_attention at least once"),
         ({"layer_types": ["linear_attention"] * 2}, "for each of 6 layers"),
@@ -188,6 +213,27 @@ def test_what_is_not_built_of_a_minimax_is_refused(change, message):
         config = json.loads(str(arrays["plain/config"]))
     with pytest.raises(ValueError, match=message):
         from_hugging_face(config | change)
+
+
+def test_a_minimax_says_how_many_numbers_of_a_head_turn():
+    """As published: `rotary_dim`. Our parameters are the same, the network is not."""
+    config, params, stored = load("minimax_odd", "plain")
+    published = json.loads(str(stored["config"]))
+    theta = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.7}  # 4.2 of 6
+    partial = dataclasses.replace(config, rotary_dim=4)
+    for said in ({"rotary_dim": 4}, {"partial_rotary_factor": 0.7}, {"rope_parameters": theta}):
+        assert from_hugging_face(published | said, max_length=64) == partial
+        assert from_hugging_face(published | said, max_length=64, rotary_dim=None) == config
+    assert from_hugging_face(published | {"rotary_dim": 6}, max_length=64) == config
+    assert to_hugging_face(partial) == to_hugging_face(config) | {"rotary_dim": 4}
+    assert from_hugging_face(to_hugging_face(partial)) == partial
+    tensors = to_checkpoint(partial, params)
+    jax.tree.map(np.testing.assert_array_equal, from_checkpoint(partial, tensors), params)
+    got, whole = (jax.jit(forward, static_argnums=0)(c, params, arrays(stored)) for c in (partial, config))
+    np.testing.assert_array_equal(got[:, 0], whole[:, 0])  # position 0 turns nothing
+    assert np.abs(got - whole).max() > 1e-3
+    large = presets.minimax_text_01(rotary_dim=64)
+    assert from_hugging_face(to_hugging_face(large)) == large
 
 
 def test_a_minimax_is_known_by_its_choices():

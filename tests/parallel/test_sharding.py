@@ -3,14 +3,18 @@
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrl import networks, parallel
 from jaxrl.nets.language_model import language_model
 from jaxrl.nets.linear_attention import LinearConfig
 from jaxrl.nets.transformer import TransformerConfig
-from jaxrl.plan import sizes
+from jaxrl.parallel import relayout
+from jaxrl.plan import hlo, sizes
 
 
 @pytest.mark.parametrize(
@@ -100,3 +104,44 @@ def test_layers_in_periods_and_layers_that_share_parameters():
     parts = sizes.parameters(odd)
     assert parts["ffn"] == 3 * 3 * 32 * 64 and parts["embed"] == parts["unembed"] == 64 * 32
     assert rule("layers/ffn/up/kernel", (4, 8, 16)) == ("stage", "fsdp", "tensor")
+
+
+@pytest.mark.parametrize(
+    ("training", "sampling", "most"),
+    [("fsdp=8", "data=2,tensor=4", 1.25), ("fsdp=4,tensor=2", "data=4,tensor=2", 1.25), ("fsdp=8", "data=8", 1.25),
+     ("data=2,tensor=4", "data=8", 1.25), ("data=2,fsdp=4", "data=4,fsdp=2", 2),
+     ("fsdp=2,stage=2,tensor=2", "fsdp=4,tensor=2", 2)],
+)  # fmt: skip
+def test_laid_out_anew(training, sampling, most):
+    """Values as they were, where they were wanted; a device receives what it lacks, or twice that."""
+    config = TransformerConfig(vocab_size=64, width=32, layers=2, heads=4, kv_heads=4, ffn=64)
+    params = {"params": jax.jit(language_model(config).init)(jax.random.key(0)), "key": jax.random.key(1)}
+    before, after = (parallel.state_shardings(params, parallel.make_mesh(spec)) for spec in (training, sampling))
+    given = jax.device_put(params, before)
+    got = parallel.relaid(given, after)
+    for x, y, at in zip(*map(jax.tree.leaves, (params["params"], got["params"], after["params"])), strict=True):
+        assert y.sharding == at
+        np.testing.assert_array_equal(x, y)
+    assert jax.random.key_data(got["key"]).tolist() == [0, 1]
+
+    leaves, sources, places = (tuple(jax.tree.leaves(tree["params"])) for tree in (params, before, after))
+    halfway = tuple(relayout.between(x.shape, a, b) for x, a, b in zip(leaves, sources, places, strict=True))
+    program = relayout.program(halfway, places).lower(jax.tree.leaves(given["params"])).compile()
+    sent = sum(x.bytes for x in hlo.count(program.as_text(), dict(sources[0].mesh.shape)).traffic)
+    lacking = 0.0
+    for x, a, b in zip(leaves, sources, places, strict=True):
+        old, new = (at.devices_indices_map(x.shape) for at in (a, b))
+        for device in old:
+            held = np.zeros(x.shape, bool)
+            held[old[device]] = True
+            lacking += (~held[new[device]]).sum() * x.dtype.itemsize / 8
+    assert sent <= most * lacking
+    jax.tree.map(lambda x: x.delete(), given["params"])  # as a step that donates them does
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(got["params"]))
+
+
+def test_to_other_devices():
+    meshes = [parallel.make_mesh("fsdp=4", devices=jax.devices()[i : i + 4]) for i in (0, 4)]
+    there, here = (NamedSharding(mesh, P("fsdp")) for mesh in meshes)
+    got = parallel.relaid([jax.device_put(jnp.arange(8), there)], [here])
+    assert got[0].sharding == here and got[0].tolist() == list(range(8))
