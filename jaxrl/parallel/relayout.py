@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -22,7 +23,7 @@ def relaid(tree: Any, places: Any) -> Any:
     """
     leaves, structure = jax.tree.flatten(tree)
     targets = tuple(jax.tree.leaves(places))
-    devices = lambda at: at.mesh.devices.ravel().tolist() if isinstance(at, NamedSharding) else None
+    devices = lambda at: np.ravel(at.mesh.devices).tolist() if isinstance(at, NamedSharding) else None
     if any(devices(x.sharding) != devices(at) for x, at in zip(leaves, targets, strict=True)):
         return jax.device_put(tree, places, may_alias=False)
     halfway = tuple(between(x.shape, x.sharding, at) for x, at in zip(leaves, targets, strict=True))
