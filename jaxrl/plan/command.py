@@ -80,6 +80,7 @@ def work_of(options: Plan, place: chips.Topology) -> Work:
         micro_batches=options.micro_batches,
         zero=options.zero,
         optimizer=options.optimizer,
+        chips=place.chip.kind,
     )
 
 

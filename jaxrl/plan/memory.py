@@ -26,8 +26,8 @@ def train_memory(work: Work) -> dict[str, float]:
     pass, of a pipeline's empty places too. copy: of a stage's matrices that fsdp divides, gathered once for all ticks.
     Then the larger of two moments. At the head: the unembedding and its gradient whole on every device of fsdp, in the
     compute type. In a layer's backward pass: gradients in the parameters' type, the layer's matrices and their
-    gradients whole, and `working` numbers a token of one of the pipeline's micro-batches. With micro-batches of the
-    update a sum of gradients lives through both.
+    gradients whole, and `working` numbers a token of one of the pipeline's micro-batches. On GPUs the head's buffers
+    live through the layers' backward pass. With micro-batches of the update a sum of gradients lives through both.
     """
     c, mesh = work.config, work.mesh
     compute, stored = bytes_of(c.dtype), bytes_of(c.param_dtype)
@@ -39,7 +39,9 @@ def train_memory(work: Work) -> dict[str, float]:
     data = work.rows * work.length * 8.0
     sums = gradient if work.micro_batches > 1 else 0.0
     busy = {"gradients": sums + gradient, "temporaries": layer}
-    if head > gradient + layer:
+    if work.chips == "gpu":
+        busy["temporaries"] += head
+    elif head > gradient + layer:
         busy = {"gradients": sums, "temporaries": head}
     return {
         **held(work),

@@ -27,6 +27,7 @@ class Work:
     micro_batches: int = 1
     zero: int = 3
     optimizer: str = "float32"
+    chips: str = "tpu"  # "tpu", "gpu" or "cpu", whose compilers keep buffers for other times
 
     @property
     def rows(self) -> int:

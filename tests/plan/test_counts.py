@@ -420,3 +420,11 @@ def test_a_pipeline_gathers_once_and_reduces_in_each_tick():
     assert sent(staged)["reduce-scatter"] == pytest.approx(19 * layers / 4 + table)
     copy = memory.train_memory(staged)["copy"]
     assert copy == pytest.approx(2 * layers / 4) and "copy" not in memory.train_memory(one)
+
+
+def test_on_gpus_the_heads_buffers_stay():
+    one = a_work(config=command.transformer_of("llama-8b"), mesh={"fsdp": 8})
+    found = {kind: memory.train_memory(dataclasses.replace(one, chips=kind)) for kind in ("tpu", "gpu")}
+    item = jnp.dtype(one.config.dtype).itemsize
+    head = item * (2 * one.config.vocab_size * one.config.width + 3 * one.own_tokens * one.config.width)
+    assert found["gpu"]["temporaries"] == pytest.approx(found["tpu"]["temporaries"] + head)

@@ -63,7 +63,10 @@ def network(options: ModelConfig, vocab_size: int, max_length: int) -> Transform
 
     config = networks.find(options.like).config
     if not isinstance(config, TransformerConfig) or not config.causal:
-        raise ValueError(f"--model.like {options.like} is no decoder; `jaxrl nets --family decoder` lists them")
+        raise ValueError(
+            f"--model.like {options.like} is no decoder that reads from left to right; `jaxrl nets --family decoder` "
+            "lists them, and LLaDA"
+        )
     return presets.shrunk(config, vocab_size, max_length=max_length, **given)
 
 
