@@ -5,7 +5,6 @@ import math
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -23,11 +22,16 @@ def relaid(tree: Any, places: Any) -> Any:
     """
     leaves, structure = jax.tree.flatten(tree)
     targets = tuple(jax.tree.leaves(places))
-    devices = lambda at: np.ravel(at.mesh.devices).tolist() if isinstance(at, NamedSharding) else None
-    if any(devices(x.sharding) != devices(at) for x, at in zip(leaves, targets, strict=True)):
+    if any(_devices(x.sharding) != _devices(at) for x, at in zip(leaves, targets, strict=True)):
         return jax.device_put(tree, places, may_alias=False)
     halfway = tuple(between(x.shape, x.sharding, at) for x, at in zip(leaves, targets, strict=True))
     return jax.tree.unflatten(structure, program(halfway, targets)(leaves))
+
+
+def _devices(place: Any) -> list | None:
+    return (
+        list(place.mesh.devices.flat) if isinstance(place, NamedSharding) and place.mesh.devices is not None else None
+    )
 
 
 @functools.lru_cache(maxsize=8)
