@@ -96,3 +96,12 @@ def test_a_program_is_compiled_once_and_kept_for_the_next_run(tmp_path):
         metrics.append([json.loads(line)["value/loss"] for line in (out / "metrics.jsonl").read_text().splitlines()])
     assert programs[0] and programs[1] == programs[0]
     assert metrics[0] == metrics[1]
+
+
+@pytest.mark.parametrize(("flags", "threads"), [("--xla_force_host_platform_device_count=8", "64"), ("", None)])
+def test_fake_devices_get_threads(monkeypatch, flags, threads):
+    monkeypatch.setenv("NPROC", "1")
+    monkeypatch.delenv("NPROC")
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    cli.main(["--help"])
+    assert os.environ.get("NPROC") == threads

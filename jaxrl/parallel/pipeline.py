@@ -96,7 +96,12 @@ def pipelined(
 def _micro_batches(mesh: Mesh, rows: int, wanted: int | None) -> int:
     own = rows // math.prod(mesh.shape[axis] for axis in rows_over(mesh, rows, BATCH))
     if wanted is None:
-        return max(m for m in range(1, 4 * mesh.shape["stage"] + 1) if own % m == 0)
+        return most_micro_batches(own, mesh.shape["stage"])
     if wanted < 1 or own % wanted:
         raise ValueError(f"micro_batches is {wanted} and a device has {own} rows; choose a divisor of {own}")
     return wanted
+
+
+def most_micro_batches(rows: int, stages: int) -> int:
+    """The most that divide a device's rows, up to four for each stage."""
+    return max(m for m in range(1, 4 * stages + 1) if rows % m == 0)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 
 from jaxrl.nets.transformer import TransformerConfig
+from jaxrl.parallel.pipeline import most_micro_batches
 from jaxrl.parallel.sharding import BATCH
 from jaxrl.plan.sizes import attention_widths, layer_matrices
 
@@ -65,10 +66,10 @@ def bytes_of(dtype: str) -> int:
 
 
 def pipeline_batches(work: Work) -> int:
-    """M, into which a pipeline cuts a device's rows: the most that divide them, up to four for each stage."""
+    """M, into which a pipeline cuts a device's rows; 1 without stages."""
     stages = work.mesh["stage"]
     rows = max(work.rows // (work.micro_batches * rows_parts(work.mesh)), 1)
-    return max(m for m in range(1, 4 * stages + 1) if rows % m == 0) if stages > 1 else 1
+    return most_micro_batches(rows, stages) if stages > 1 else 1
 
 
 def empty_places(work: Work) -> float:

@@ -182,10 +182,12 @@ def complete(
             f"the longest prompt has {width} tokens; with {sampling.max_tokens} new ones it does not fit the context "
             f"of {model.transformer.max_length}; lower --max-tokens, or leave such problems out"
         )
+    if tools and not model.transformer.causal:
+        raise ValueError("tools need a model that writes from left to right; this one fills in masks")
     if tools:
         generate = _with_tools(model, width, tools, sampling=sampling, form=form, turns=turns, samples=samples)
     else:
-        generate = task.make_generate(model.language_model, tokenizer, sampling, samples=samples, mask_id=model.mask_id)
+        generate = talk.generator(model, sampling, samples=samples)
     size = min(max(batch // samples, 1), len(problems))
     texts, finish, scores, lengths = [], [], [], []
     for start in range(0, len(problems), size):

@@ -45,6 +45,18 @@ def fitted(sampling: Sampling, model: runs.Model) -> Sampling:
     return dataclasses.replace(sampling, max_tokens=model.max_tokens) if sampling.max_tokens == TRAINED else sampling
 
 
+def generator(model: runs.Model, sampling: Sampling, *, samples: int = 1) -> Callable:
+    """`task.make_generate` of an opened model.
+
+    Raises:
+      ValueError: a network that sees tokens on both sides, and names no mask token to fill in.
+    """
+    if not model.transformer.causal and model.mask_id is None:
+        raise ValueError("the network sees tokens on both sides and names no mask token; expected one that writes text")
+    options = {"samples": samples, "mask_id": model.mask_id}
+    return task.make_generate(model.language_model, model.tokenizer, sampling, **options)
+
+
 def open_run(folder: str, *, sampling: Sampling, samples: int = 1) -> Speaker:
     """Opens a model, by what `runs.load_model` takes, for prompts of any length its context holds.
 
@@ -56,11 +68,7 @@ def open_run(folder: str, *, sampling: Sampling, samples: int = 1) -> Speaker:
     model = runs.load_model(folder)
     tokenizer = model.tokenizer
     sampling = fitted(sampling, model)
-    if not model.transformer.causal and model.mask_id is None:
-        raise ValueError(
-            f"{folder} sees tokens on both sides and names no mask token; expected a model that writes text"
-        )
-    generate = task.make_generate(model.language_model, tokenizer, sampling, samples=samples, mask_id=model.mask_id)
+    generate = generator(model, sampling, samples=samples)
     room = model.transformer.max_length - sampling.max_tokens
     encode = partial(
         encode_prompts,

@@ -25,7 +25,7 @@ from jaxrl.nets.weights import (
     to_hugging_face,
     write_safetensors,
 )
-from jaxrl.posttrain import talk
+from jaxrl.posttrain import evaluation, talk, tools
 from jaxrl.posttrain.rollout import Sampling
 from jaxrl.pretrained import load_pretrained, save_pretrained
 from jaxrl.types import Prompts, TokenBatch
@@ -179,8 +179,15 @@ def test_the_command_line_fills_in_masks(tmp_path, capsys):
 def test_a_folder_without_a_mask_token_does_not_write(tmp_path):
     model = load_pretrained(folder_of(tmp_path / "first"))
     save_pretrained(model._replace(mask_id=None), tmp_path / "again")
-    with pytest.raises(ValueError, match="again sees tokens on both sides and names no mask token"):
-        talk.open_run(str(tmp_path / "again"), sampling=Sampling(max_tokens=4))
+    sampling = Sampling(max_tokens=4)
+    with pytest.raises(ValueError, match="sees tokens on both sides and names no mask token"):
+        talk.open_run(str(tmp_path / "again"), sampling=sampling)
+    again, problems = load_pretrained(tmp_path / "again"), [{"prompt": "12"}]
+    with pytest.raises(ValueError, match="sees tokens on both sides and names no mask token"):
+        evaluation.complete(again, problems, sampling=sampling)
+    with pytest.raises(ValueError, match="this one fills in masks"):
+        evaluation.complete(model, problems, sampling=sampling, tools=[tools.calculator])
+    assert len(evaluation.complete(model, problems, sampling=sampling).texts) == 1
 
 
 def test_the_published_size():
