@@ -103,5 +103,5 @@ def test_fake_devices_get_threads(monkeypatch, flags, threads):
     monkeypatch.setenv("NPROC", "1")
     monkeypatch.delenv("NPROC")
     monkeypatch.setenv("XLA_FLAGS", flags)
-    cli.main(["--help"])
+    cli.main(["envs"])
     assert os.environ.get("NPROC") == threads
