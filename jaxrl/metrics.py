@@ -67,6 +67,7 @@ GLOSSARY = {
     "train/grad_norm": "global gradient norm before clipping",
     "train/skipped": "updates skipped so far because something was not finite",
     "train/target_probability": "mean probability of the token to be learnt",
+    "train/log_z_squared": "mean squared log-normaliser of the logits, which z_loss holds near 0",
     "eval/accuracy": "fraction of held-out problems answered exactly, greedy decoding",
     "eval/reward": "mean Python reward on the held-out problems, greedy decoding",
     "episode/return": "mean return of the episodes that ended while acting to learn, exploration included",

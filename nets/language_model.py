@@ -34,8 +34,8 @@ class LanguageModel(NamedTuple):
     init_cache(batch, length) -> an empty Cache: a NamedTuple with length, and k and v, arrays or trees of arrays. The
     samplers repeat k and v along axis 1, the rows; `posttrain.slots` moves columns too, on axis 3.
 
-    log_probs(hidden, unembedding, targets, *, temperature, chunk) -> (log_probs, entropy): `token_log_probs`, or one
-    that knows where the arrays lie.
+    log_probs(hidden, unembedding, targets, *, temperature, chunk, return_lse) -> (log_probs, entropy), with return_lse
+    and the log-sum-exp behind them: `token_log_probs`, or one that knows where the arrays lie.
     """
 
     init: Callable

@@ -178,8 +178,8 @@ def with_images(
 
     def log_probs(hidden, unembedding, targets, **options):
         word = targets < words
-        found, entropy = text.log_probs(hidden, unembedding, jnp.where(word, targets, 0), **options)
-        return jnp.where(word, found, 0.0), entropy
+        found, *rest = text.log_probs(hidden, unembedding, jnp.where(word, targets, 0), **options)
+        return jnp.where(word, found, 0.0), *rest
 
     return LanguageModel(init, apply, lambda params: text.unembedding(params["text"]), text.init_cache, log_probs)
 

@@ -1,10 +1,10 @@
-"""Norms of queries and keys bound the logits of attention where a large learning rate makes them grow.
+"""Norms of queries and keys bound the logits of attention, a z-loss the normaliser of the vocabulary.
 
     python benchmarks/nets/qk_norm.py     # three seeds, prints a table and writes qk_norm.json
 
 Four layers of width 64 learn an order-1 Markov language of 64 symbols for 400 steps of 32 rows, with and without the
 LayerNorms of Chameleon (2024, arXiv:2405.09818). "logit": the largest |q k| / sqrt(Dh) in the network on held-out rows.
-With gains of 1 it is at most sqrt(Dh) = 4.
+With gains of 1 it is at most sqrt(Dh) = 4. "log Z": the root mean square on held-out rows, by the weight of the z-loss.
 """
 
 import json
@@ -24,6 +24,8 @@ from jaxrl.types import TokenBatch
 
 SIZES = {"width": 64, "layers": 4, "heads": 4, "kv_heads": 4, "ffn": 128, "max_length": 64}
 STEPS, LENGTH = 400, 32
+WEIGHTS = (0.0, 1e-3, 1e-2)
+"""Of the z-loss."""
 
 
 def largest_logit(config, params, tokens):
@@ -40,7 +42,7 @@ def largest_logit(config, params, tokens):
     return jnp.max(jnp.where(causal[None, None, None], jnp.abs(scores), 0.0))
 
 
-def run(seed: int, *, rate: float, normed: bool) -> dict:
+def run(seed: int, *, rate: float, normed: bool, z_loss: float = 0.0) -> dict:
     """One training run."""
     keys = jax.random.split(jax.random.key(seed), 5)
     chain = markov.chain(keys[0], symbols=64, order=1)
@@ -48,22 +50,25 @@ def run(seed: int, *, rate: float, normed: bool) -> dict:
     held_out = markov.sample(keys[2], chain, rows=64, length=LENGTH)
     config = presets.tiny(64, **SIZES, qk_norm="heads" if normed else False)
     model = language_model(config)
-    recipe = sft.make(sft.SFTConfig(batch=32), model, update.make_optimizer(update.OptimizerConfig(learning_rate=rate)))
+    optimizer = update.make_optimizer(update.OptimizerConfig(learning_rate=rate))
+    recipe = sft.make(sft.SFTConfig(batch=32, z_loss=z_loss), model, optimizer)
     rows = lambda tokens: TokenBatch(jnp.asarray(tokens), jnp.ones(tokens.shape))
 
     @jax.jit
     def train(keys, data, held_out):
         state = recipe.init(keys[0], model.init(keys[1]))
-        state, metrics = jax.lax.scan(lambda state, _: recipe.step(state, data), state, length=STEPS)
+        state, _ = jax.lax.scan(lambda state, _: recipe.step(state, data), state, length=STEPS)
         loss: reduce.Weighted = sft.loss(model, state.params, held_out)[0]
-        return loss.mean, largest_logit(config, state.params, held_out.tokens), metrics["train/loss"][-1]
+        squared: reduce.Weighted = sft.loss(model, state.params, held_out, z_loss=1.0)[1]["train/log_z_squared"]
+        logit = largest_logit(config, state.params, held_out.tokens)
+        return {"loss": loss.mean, "logit": logit, "log_z": jnp.sqrt(squared.mean)}
 
-    loss, logit, _ = train(keys[3:], rows(data), rows(held_out))
-    return {"seed": seed, "rate": rate, "normed": normed, "loss": float(loss), "logit": float(logit)}
+    found = jax.tree.map(float, train(keys[3:], rows(data), rows(held_out)))
+    return {"seed": seed, "rate": rate, "normed": normed, "z_loss": z_loss, **found}
 
 
 def main() -> None:
-    """Prints a row for each rate and seed."""
+    """Prints a row for each rate and seed, then for each seed the weights of the z-loss."""
     print(
         "| learning rate | seed | logit without | with norms | loss without | with norms |\n|---|---|---|---|---|---|"
     )
@@ -74,6 +79,13 @@ def main() -> None:
             found += [plain, normed]
             cells = (f"{plain['logit']:.1f}", f"{normed['logit']:.1f}", f"{plain['loss']:.3f}", f"{normed['loss']:.3f}")
             print(f"| {rate} | {seed} | {' | '.join(cells)} |", flush=True)
+    heading = " | ".join(f"{what}, {weight}" for what in ("log Z", "loss") for weight in WEIGHTS)
+    print(f"\n| seed | {heading} |\n|{'---|' * 7}")
+    for seed in (0, 1, 2):
+        each = [run(seed, rate=3e-3, normed=True, z_loss=weight) for weight in WEIGHTS]
+        found += each
+        cells = (f"{one[what]:.{digits}f}" for what, digits in (("log_z", 2), ("loss", 3)) for one in each)
+        print(f"| {seed} | {' | '.join(cells)} |", flush=True)
     Path(__file__).with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
 
 

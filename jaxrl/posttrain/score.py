@@ -37,13 +37,19 @@ def log_probs_of(
       `(log_probs, entropy, mask)`, each `[B, T - 1]` float32: column `t` is of token `t + 1`. The mask is the batch's
       loss mask, without the tokens that begin an example.
     """
+    (log_probs, entropy), counted = statistics_of(model, params, batch, temperature=temperature, chunk=chunk)
+    return log_probs, entropy, counted
+
+
+def statistics_of(
+    model: LanguageModel, params, batch: TokenBatch, **options
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """As `log_probs_of`: (all that `model.log_probs` gives under these options, the mask)."""
     segments = batch.segments
     mask, positions = layout(None if segments is None else segments[:, :-1])
     hidden, _ = model.apply(params, batch.tokens[:, :-1], positions=positions, mask=mask)
-    log_probs, entropy = model.log_probs(
-        hidden, model.unembedding(params), batch.tokens[:, 1:], temperature=temperature, chunk=chunk
-    )
+    statistics = model.log_probs(hidden, model.unembedding(params), batch.tokens[:, 1:], **options)
     counted = batch.loss_mask[:, 1:]
     if segments is not None:
         counted = jnp.where(segments[:, 1:] == segments[:, :-1], counted, 0.0)
-    return log_probs, entropy, counted
+    return statistics, counted

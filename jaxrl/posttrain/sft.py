@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from jaxrl.data.records import Examples
 from jaxrl.losses import multi_token, reduce
 from jaxrl.nets.language_model import LanguageModel
 from jaxrl.posttrain import update
-from jaxrl.posttrain.score import layout, log_probs_of
+from jaxrl.posttrain.score import layout, statistics_of
 from jaxrl.types import TokenBatch
 
 PREPARED = (1 << 30) + 3
@@ -34,6 +35,8 @@ class SFTConfig:
     """Tokens of the longest example, and of a packed row; 0 takes the longest example."""
     overlong: str = "error"
     """What becomes of examples longer than `width`: error, drop (left out) or cut (the end is lost, EOS too)."""
+    z_loss: float = 0.0
+    """Weight of the squared log-normaliser, which keeps logits from drifting (PaLM 1e-4, Chameleon 1e-5)."""
 
 
 class SFT(NamedTuple):
@@ -43,23 +46,30 @@ class SFT(NamedTuple):
     step: Callable
 
 
-def loss(model: LanguageModel, params, batch: TokenBatch):
+def loss(model: LanguageModel, params, batch: TokenBatch, *, z_loss: float = 0.0):
     """Token-mean cross-entropy and its companions, as (total, weight) pairs.
 
     Args:
       model, params: the language model.
       batch: right-padded or packed; the first token of an example cannot be predicted.
+      z_loss: weight of `(log Z)^2` of every counted token, as in `losses.token_cross_entropy`.
 
     Returns:
-      `(Weighted, {"train/target_probability": Weighted, "policy/entropy": Weighted})`.
+      `(Weighted, {"train/target_probability": Weighted, "policy/entropy": Weighted})`; with z_loss also
+      `train/log_z_squared`.
     """
-    log_probs, entropy, mask = log_probs_of(model, params, batch)
+    (log_probs, entropy, *log_z), mask = statistics_of(model, params, batch, **({"return_lse": True} if z_loss else {}))
     likelihood = jax.lax.stop_gradient(jnp.exp(log_probs))
     metrics = {
         "train/target_probability": reduce.tokens(likelihood, mask),
         "policy/entropy": reduce.tokens(jax.lax.stop_gradient(entropy), mask),
     }
-    return reduce.tokens(-log_probs, mask), metrics
+    values = -log_probs
+    if z_loss:
+        squared = jnp.square(log_z[0])
+        values = values + z_loss * squared
+        metrics["train/log_z_squared"] = reduce.tokens(jax.lax.stop_gradient(squared), mask)
+    return reduce.tokens(values, mask), metrics
 
 
 def multi_token_loss(model: LanguageModel, params, batch: TokenBatch, *, ahead: Callable, weight: float = 0.3):
@@ -120,7 +130,7 @@ def make(
     *,
     max_grad_norm: float = 1.0,
     constrain: Callable = lambda batch: batch,
-    objective: Callable = loss,
+    objective: Callable | None = None,
     prepare: Callable = lambda key, batch: batch,
 ) -> SFT:
     """The pure functions of a run.
@@ -131,14 +141,23 @@ def make(
       optimizer: from `update.make_optimizer`, or any optax transformation.
       max_grad_norm: global norm above which the gradient is scaled down; 0 leaves it.
       constrain: puts a batch pytree onto the mesh (`parallel.shard_batch`); the identity on one device.
-      objective: `(model, params, batch) -> (loss, metrics)`, both as (total, weight); `multi_token_loss` is another.
+      objective: `(model, params, batch) -> (loss, metrics)`, both as (total, weight), such as `multi_token_loss`; None
+        is `loss` with `config.z_loss`.
       prepare: `(key, batch) -> what objective takes`, before the batch is divided: the noise of a diffusion model,
         `partial(diffusion.noised, mask_id=...)` with `partial(diffusion.loss, mask_id=...)` as objective.
 
     Returns:
       `init(key, params) -> TrainState` and `step(state, data) -> (state, metrics)`, where `data` is a `TokenBatch` of
       all rows `[N, T]`, from `arrange`; a step draws `config.batch` of them by `update.epoch_batch`.
+
+    Raises:
+      ValueError: `config.z_loss` beside another objective, which knows nothing of it.
     """
+    if objective is not None and config.z_loss:
+        raise ValueError(
+            f"z_loss is {config.z_loss} and an objective of its own is given, which must add it: leave z_loss at 0"
+        )
+    objective = objective or partial(loss, z_loss=config.z_loss)
 
     def init(key, params):
         return update.init_state(params, optimizer, key)

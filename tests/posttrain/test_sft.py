@@ -51,6 +51,27 @@ def test_loss_is_the_mean_over_masked_tokens(model, params, data):
     assert 0 < metrics["train/target_probability"].mean < 1
 
 
+def test_z_loss_adds_the_squared_log_normaliser(model, params, data):
+    loss = jax.jit(partial(sft.loss, model), static_argnames="z_loss")
+    (plain, _), (value, metrics) = loss(params, data), loss(params, data, z_loss=0.5)
+    hidden = jax.jit(model.apply)(params, data.tokens[:, :-1])[0]
+    log_z = np.log(np.exp(np.asarray(hidden @ model.unembedding(params), np.float64)).sum(-1))
+    want = (log_z**2 * data.loss_mask[:, 1:]).sum()
+    np.testing.assert_allclose(value.total - plain.total, 0.5 * want, rtol=1e-4)
+    np.testing.assert_allclose(metrics["train/log_z_squared"].total, want, rtol=1e-5)
+
+
+def test_a_step_takes_z_loss_and_refuses_it_beside_another_objective(model, params, data):
+    after = {}
+    for weight in (0.0, 10.0):
+        recipe = sft.make(sft.SFTConfig(batch=16, z_loss=weight), model, optax.sgd(0.1))
+        after[weight] = jax.jit(recipe.step)(recipe.init(jax.random.key(0), params), data)[0].params
+    squared = lambda params: sft.loss(model, params, data, z_loss=1.0)[1]["train/log_z_squared"].mean
+    assert squared(after[10.0]) < 0.9 * squared(after[0.0])
+    with pytest.raises(ValueError, match=r"z_loss is 0\.1 and an objective of its own"):
+        sft.make(sft.SFTConfig(z_loss=0.1), model, optax.sgd(0.1), objective=sft.loss)
+
+
 def test_the_end_is_trained_though_padding_shares_its_id(model, params, data):
     """What the last EOS of a row costs is in the loss; what the padding behind it costs is not."""
     value = lambda batch: jax.jit(lambda params, batch: sft.loss(model, params, batch)[0].total)(params, batch)
