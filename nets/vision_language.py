@@ -126,7 +126,8 @@ def with_images(
       bank: all images that tokens may name, [I, N, ...].
       model: the decoder, of `config.text`; None: `language_model(config.text)`.
       per_row: how many rows of the bank one row of tokens names at most; those alone are computed. A feature beyond
-        them is NaN. None: the whole bank is, once for all rows, which is right for a bank of one batch.
+        them, or beyond the bank, is NaN. None: the whole bank is, once for all rows, which is right for a bank of one
+        batch.
 
     Returns:
       The model; parameters {"text": the decoder's, "vision": the tower's}.
@@ -147,7 +148,8 @@ def with_images(
         """Features [B, T, D] of ids, anything where they are words."""
         place = jnp.maximum(ids - words, 0)
         if per_row is None:
-            return encode(params, bank).reshape(-1, config.text.width)[place]
+            found = encode(params, bank).reshape(-1, config.text.width)
+            return jnp.where((place < len(found))[..., None], found[place], jnp.nan)
         row = jnp.where(ids < words, -1, place // size)
         named, rest = [], row
         for _ in range(per_row):  # the highest, the second highest, ...
@@ -156,7 +158,7 @@ def with_images(
         named = jnp.concatenate(named, axis=1)
         found = encode(params, jax.tree.map(lambda x: x[jnp.maximum(named, 0).reshape(-1)], bank))
         found = found.reshape(len(ids), per_row * size, -1)
-        same = row[:, :, None] == named[:, None, :]
+        same = (row[:, :, None] == named[:, None, :]) & (row < len(bank.images))[..., None]
         at = jnp.argmax(same, axis=-1) * size + place % size
         there = same.any(-1, keepdims=True)
         return jnp.where(there, jnp.take_along_axis(found, at[..., None], axis=1), jnp.nan)

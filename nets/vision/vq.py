@@ -147,6 +147,10 @@ class VQ(nn.Module):
                 f"pictures have shape {pictures.shape}, expected [B, H, W, 3] with sides that are multiples of "
                 f"{self.config.scale}"
             )
+        if not jnp.issubdtype(pictures.dtype, jnp.floating):
+            raise ValueError(
+                f"pictures have dtype {pictures.dtype}, expected floats, about in [-1, 1]: scale bytes first"
+            )
         z = self.quant(self.encoder(pictures))
         inner = jnp.einsum("bhwd,kd->bhwk", z, self.codebook)
         distance = jnp.sum(jnp.square(self.codebook), axis=1)[None, None, None] - 2 * inner  # but for |z|^2

@@ -94,6 +94,11 @@ def test_the_tokeniser_learns_to_put_pictures_together_again():
     assert values[-1] < 0.5 * values[0], values
 
 
+def test_bytes_are_refused():
+    with pytest.raises(ValueError, match="dtype uint8, expected floats"):
+        VQ(TINY).init(jax.random.key(0), jnp.zeros((1, 16, 16, 3), jnp.uint8))
+
+
 IMAGE = chameleon.Pictures(ids=(10, 12, 14, 16), begin=3, end=4, tokens=4)
 
 

@@ -289,6 +289,16 @@ def test_packed_rows_are_as_if_each_example_were_alone(params):
     assert jnp.isnan(lonely[0, -1]).all()  # a second row of the bank, which per_row=1 has no place for
 
 
+@pytest.mark.parametrize("per_row", [1, None])
+def test_a_feature_past_the_bank_is_nan(params, per_row):
+    model = with_images(TINY, BANK, per_row=per_row)
+    last = 64 + 2 * 8 - 1
+    ids = jnp.asarray([[3, last, 4], [3, last + 1, 4], [3, last + 100, 4]])
+    hidden, _ = quick(model.apply)(params, ids)
+    np.testing.assert_array_equal(jnp.isnan(hidden[:, 1:]).all((1, 2)), [False, True, True])
+    assert not jnp.isnan(hidden[0]).any()
+
+
 def counted(example, *, from_end):
     """Positions [3, n] of one example, word by word and feature by feature."""
     of = {}
