@@ -121,6 +121,13 @@ def with_images(
     With M-RoPE positions follow from ids and `positions`, `from_end`: over a cache, images stand in the prompt, which
     is read in one call. Positions [3, B, T] are taken as they are.
 
+    Call it inside of the function that is compiled, and the bank is data, as tokens are: other images of the same shape
+    take no other program. So are written a pass, `rollout`, and the steps of `sft`, `preference` and `grpo`:
+
+        @jax.jit
+        def step(state, bank, batch):
+            return sft.make(config, with_images(networks, bank), optimizer).step(state, batch)
+
     Args:
       config: of both networks.
       bank: all images that tokens may name, [I, N, ...].

@@ -24,7 +24,7 @@ from jaxrl.nets.vision_language import (
 )
 from jaxrl.nets.weights import vision_language as weights
 from jaxrl.posttrain import grpo, preference, sft
-from jaxrl.posttrain.rollout import Sampling
+from jaxrl.posttrain.rollout import Sampling, rollout
 from jaxrl.posttrain.score import log_probs_of
 from jaxrl.types import Pairs, Prompts, TokenBatch
 from tests.nets.vision_cases import close, golden, random_params
@@ -354,13 +354,54 @@ def test_sft_learns_from_images(params):
     assert moved(params, state.params, "vision", "patches", "kernel") > 1e-3
 
 
+def traced(run):
+    """(`run`, compiled; a list that grows with every tracing)."""
+    traces = []
+
+    def counting(*args):
+        traces.append(len(args))
+        return run(*args)
+
+    return quick(counting), traces
+
+
+OTHERS = BANK._replace(values=-BANK.values)
+
+
+def test_another_bank_of_the_same_shape_takes_no_other_program(params):
+    """A bank as an argument gives what a model closed over it gives: sampling, and a step of tuning."""
+    sampling = Sampling(max_tokens=3, temperature=0.0)
+    draw = lambda model, params: (
+        rollout(model, params, PROMPTS, jax.random.key(0), sampling=sampling, eos_id=1, pad_id=0).log_probs
+    )
+    recipe = lambda model: sft.make(sft.SFTConfig(batch=2), model, optax.sgd(0.1))
+
+    def both(state, bank):
+        model = with_images(TINY, bank)
+        after, metrics = recipe(model).step(state, LEARNT)
+        return draw(model, state.params), metrics["train/loss"], after.params["vision"]["merger"]["down"]["kernel"]
+
+    state = recipe(MODEL).init(jax.random.key(0), params)
+    run, traces = traced(both)
+    first, second = run(state, BANK), run(state, OTHERS)
+    assert len(traces) == 1
+    assert all(jnp.abs(x - y).max() > 1e-5 for x, y in zip(first, second, strict=True))
+    closed = quick(functools.partial(draw, with_images(TINY, OTHERS)))(params)
+    np.testing.assert_allclose(second[0], closed, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_dpo_learns_from_images(params):
-    recipe = preference.make(preference.DPOConfig(variant="simpo", batch=2), MODEL, optax.sgd(0.1))
+    make = lambda bank: preference.make(
+        preference.DPOConfig(variant="simpo", batch=2), with_images(TINY, bank), optax.sgd(0.1)
+    )
     pairs = preference.Referenced(Pairs(LEARNT, TokenBatch(TOKENS.at[:, 8].add(1), LEARNT.loss_mask)))
-    state, metrics = quick(recipe.step)(recipe.init(jax.random.key(0), params), pairs)
+    step, traces = traced(lambda state, bank, pairs: make(bank).step(state, pairs))
+    state, metrics = step(make(BANK).init(jax.random.key(0), params), BANK, pairs)
     assert jnp.isfinite(metrics["train/loss"])
     assert moved(params, state.params, "vision", "merger", "down", "kernel") > 0
+    step(state, OTHERS, pairs)
+    assert len(traces) == 1
 
 
 def test_grpo_learns_from_images(params):
