@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxrl.losses.segmentation import sam_loss
 from jaxrl.nets.vision.sam import (
@@ -154,6 +155,18 @@ def embed(config: SAMConfig, params: Any, image: jax.Array) -> Embedded:
     return Embedded(_encode(config, params, x[None]), (height, width), scaled)
 
 
+def _clicks(points: jax.Array | None, labels: jax.Array | None) -> int:
+    """How many points the longest of the prompts has, absent ones left out."""
+    if points is None or labels is None:
+        return 0 if points is None else points.shape[1]
+    if isinstance(labels, Tracer):
+        raise ValueError(
+            "multimask is None, which counts the labels that are not -2, but the labels are traced: give "
+            "multimask=True or False, or labels that are constants"
+        )
+    return int(np.max(np.sum(np.asarray(labels) > ABSENT, axis=-1), initial=0))
+
+
 def segment(
     config: SAMConfig,
     params: Any,
@@ -175,7 +188,8 @@ def segment(
       boxes: [P, 4], (left, top, right, bottom) in pixels of the image.
       masks: [P, 4 h, 4 w], `logits` of an earlier answer, one for each prompt.
       multimask: whether to answer with the config's `masks` masks, of which `ious` says the best, or with one. None:
-        several where the prompt is one point or one box, which may mean several things.
+        several where no prompt is more than one point or one box, which may mean several things. That is read off the
+        labels, so under `jax.jit` those have to be constants, or multimask given.
       threshold: on logits.
 
     Returns:
@@ -197,10 +211,9 @@ def segment(
         points = jnp.asarray(points, jnp.float32) * ratio.reshape(1, 1, 2)
     if boxes is not None:
         boxes = jnp.asarray(boxes, jnp.float32) * jnp.tile(ratio, 2).reshape(1, 4)
-    given = prompt(points, None if labels is None else jnp.asarray(labels), boxes, masks)
     if multimask is None:
-        clicks = 0 if points is None else points.shape[1]
-        multimask = masks is None and clicks + (boxes is not None) == 1
+        multimask = masks is None and _clicks(points, labels) + (boxes is not None) == 1
+    given = prompt(points, None if labels is None else jnp.asarray(labels), boxes, masks)
     embeddings = jnp.broadcast_to(seen.embedding, (given.labels.shape[0], *seen.embedding.shape[1:]))
     logits, ious = _decode(config, params, embeddings, given)
     asked = slice(1, None) if multimask else slice(0, 1)

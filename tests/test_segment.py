@@ -85,6 +85,31 @@ def test_several_clicks_ask_for_one_mask_and_answers_may_be_fed_back():
     assert np.abs(again.logits - found.logits).max() > 1e-3
 
 
+def test_absent_points_change_nothing():
+    seen = at_work.embed(TINY, params(), picture())
+    point, room = jnp.array([[[5.0, 5.0]]]), jnp.array([[[5.0, 5.0], [0.0, 0.0], [3.0, 3.0]]])
+    ask = functools.partial(at_work.segment, TINY, params(), seen)
+    want = ask(points=point)
+    for labels, masks in (([[1, -2, -2]], 3), ([[1, -2, 0]], 1), ([[1, -2, -2], [1, 0, -2]], 1)):
+        found = ask(points=jnp.tile(room, (len(labels), 1, 1)), labels=jnp.array(labels))
+        assert found.masks.shape == (len(labels), masks, 10, 20)
+        if masks == 3:
+            np.testing.assert_allclose(found.logits, want.logits, atol=1e-5)
+    box = jnp.array([[2.0, 1.0, 15.0, 9.0]])
+    assert ask(points=room, labels=jnp.full((1, 3), -2), boxes=box).masks.shape[1] == 3
+    assert ask(points=room, labels=jnp.array([[-2, 1, -2]]), boxes=box).masks.shape[1] == 1
+
+
+def test_traced_labels_leave_the_number_of_masks_to_the_caller():
+    seen = at_work.embed(TINY, params(), picture())
+    point, label = jnp.array([[[5.0, 5.0]]]), jnp.array([[1]])
+    ask = lambda label, **how: at_work.segment(TINY, params(), seen, points=point, labels=label, **how).ious
+    with pytest.raises(ValueError, match="give multimask=True or False"):
+        jit(ask)(label)
+    got = jit(functools.partial(ask, multimask=True))(label)
+    np.testing.assert_allclose(got, ask(label), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
