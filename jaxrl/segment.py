@@ -167,6 +167,16 @@ def _clicks(points: jax.Array | None, labels: jax.Array | None) -> int:
     return int(np.max(np.sum(np.asarray(labels) > ABSENT, axis=-1), initial=0))
 
 
+def _roomy(points: jax.Array | None, labels: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
+    """Points [P, N, 2] and labels [P, N] with absent ones up to the next power of two."""
+    if points is None:
+        return None, None if labels is None else jnp.asarray(labels)
+    labels = jnp.full(points.shape[:2], FOREGROUND) if labels is None else jnp.asarray(labels)
+    more = (1 << (points.shape[1] - 1).bit_length()) - points.shape[1] if points.shape[1] else 0
+    points = jnp.pad(points, ((0, 0), (0, more), (0, 0)))
+    return points, jnp.pad(labels, ((0, 0), (0, more)), constant_values=ABSENT)
+
+
 def segment(
     config: SAMConfig,
     params: Any,
@@ -180,6 +190,9 @@ def segment(
     threshold: float = 0.0,
 ) -> Segmentation:
     """Masks of what P prompts mean, at the size of the image.
+
+    Prompts of 1, 2, 3 to 4, 5 to 8 ... points are answered by one compiled program each, for each P: there is room for
+    points that are not there.
 
     Args:
       config, params: the network and its parameters.
@@ -213,7 +226,7 @@ def segment(
         boxes = jnp.asarray(boxes, jnp.float32) * jnp.tile(ratio, 2).reshape(1, 4)
     if multimask is None:
         multimask = masks is None and _clicks(points, labels) + (boxes is not None) == 1
-    given = prompt(points, None if labels is None else jnp.asarray(labels), boxes, masks)
+    given = prompt(*_roomy(points, labels), boxes, masks)
     embeddings = jnp.broadcast_to(seen.embedding, (given.labels.shape[0], *seen.embedding.shape[1:]))
     logits, ious = _decode(config, params, embeddings, given)
     asked = slice(1, None) if multimask else slice(0, 1)

@@ -100,6 +100,23 @@ def test_absent_points_change_nothing():
     assert ask(points=room, labels=jnp.array([[-2, 1, -2]]), boxes=box).masks.shape[1] == 1
 
 
+def test_five_clicks_and_eight_share_a_program():
+    seen = at_work.embed(TINY, params(), picture())
+    points = jnp.asarray(np.random.default_rng(0).uniform(0, 9, (1, 8, 2)), jnp.float32)
+    labels = jnp.array([[1, 0, 1, 1, 0, 1, 0, 1]])
+    at_work._decode.clear_cache()
+    programs, found = [], []
+    for n in (3, 4, 5, 8):
+        found.append(at_work.segment(TINY, params(), seen, points=points[:, :n], labels=labels[:, :n]))
+        programs.append(at_work._decode._cache_size())
+    assert programs == [1, 1, 2, 2]
+    scaled = prompt(points[:, :5] * 16 / 20, labels[:, :5])  # without room
+    decode = jit(functools.partial(SAM(TINY).apply, method="decode"))
+    logits, ious = decode({"params": params()}, seen.embedding, scaled)
+    np.testing.assert_allclose(found[2].logits, logits[:, :1], atol=1e-5)
+    np.testing.assert_allclose(found[2].ious, ious[:, :1], atol=1e-5)
+
+
 def test_traced_labels_leave_the_number_of_masks_to_the_caller():
     seen = at_work.embed(TINY, params(), picture())
     point, label = jnp.array([[[5.0, 5.0]]]), jnp.array([[1]])
