@@ -7,6 +7,8 @@ from jaxrl.parallel.mesh import on_host as on_host
 from jaxrl.parallel.model import model_on as model_on
 from jaxrl.parallel.processes import initialise as initialise
 from jaxrl.parallel.relayout import relaid as relaid
+from jaxrl.parallel.rows import ANY_RULES as ANY_RULES
+from jaxrl.parallel.rows import loss_of_rows as loss_of_rows
 from jaxrl.parallel.sharding import LAST_AXIS as LAST_AXIS
 from jaxrl.parallel.sharding import RULES as RULES
 from jaxrl.parallel.sharding import check_rows as check_rows

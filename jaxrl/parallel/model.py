@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrl.kernels.attention import BlockDiffusion, Causal, Full, Mask, Prefix
 from jaxrl.kernels.attention.ring import unzigzag, zigzag
-from jaxrl.nets.language_model import LanguageModel, language_model
+from jaxrl.nets.language_model import LanguageModel, language_model, with_one
 from jaxrl.nets.transformer import TransformerConfig
 from jaxrl.parallel.attend import attend_on, log_probs_on
 from jaxrl.parallel.divided import divided
@@ -52,7 +52,8 @@ def model_on(
     def whole(params, tokens, positions, mask):
         tokens = place(tokens, "context")
         if stages > 1:
-            return pipelined(roomy, mesh, attend, params, tokens, positions, mask, micro_batches=micro_batches)
+            parts = (params, tokens, positions, mask)
+            return with_one(config, pipelined(roomy, mesh, attend, *parts, micro_batches=micro_batches))
         return plain.apply(params, tokens, positions=positions, mask=mask)[0]
 
     def apply(params, tokens, *, positions=None, mask: Any = None, cache=None):

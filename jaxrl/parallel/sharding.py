@@ -98,6 +98,11 @@ def partition(
     raise ValueError(f"parameter {path} {tuple(shape)}: no sharding rule fits; add one to parallel.sharding.RULES")
 
 
+def spec_of(path: Any, leaf: Any, mesh: Any, *, rules: Sequence[Rule] = RULES, fsdp: bool = True) -> PartitionSpec:
+    """`partition` of a leaf of a tree, by its key path in it."""
+    return partition(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh, rules=rules, fsdp=fsdp)
+
+
 def _stacked(logical: tuple[str | None, ...], path: str, dimensions: int) -> tuple[str | None, ...] | None:
     """The logical axes of a parameter, with or without those of its layers; None where the rule is not of it."""
     if logical[:1] == ("layer",):
@@ -155,8 +160,7 @@ def place_gradients(
     _check(zero)
 
     def place(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = partition(name, leaf.shape, mesh, rules=rules, fsdp=zero > 1)
+        spec = spec_of(path, leaf, mesh, rules=rules, fsdp=zero > 1)
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
 
     def update(updates, state, params=None, **extra):

@@ -5,6 +5,8 @@ import dataclasses
 import difflib
 import json
 import math
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from jaxrl.display import Display
 from jaxrl.nets import presets
 from jaxrl.nets.config import TransformerConfig
 from jaxrl.parallel.mesh import mesh_sizes
-from jaxrl.plan import chips, compiled, report
+from jaxrl.plan import chips, compiled, other, report
 from jaxrl.plan.options import MODELS, Plan
 from jaxrl.plan.search import misfit, sampler_mesh, search
 from jaxrl.plan.traffic import phases
@@ -36,18 +38,28 @@ def run(options: Plan, *, display: Display | None = None) -> dict[str, Any]:
       ValueError: a model, topology or mesh that is not known or does not divide; nothing that fits.
     """
     place = chips.topology(options.topology)
-    work = work_of(options, place)
+    model = model_of(options.model)
+    ways: Callable[[Display], list[Any]]
+    programs: Any = compiled.programs
+    figures: Any = report.figures
+    show = report.show
+    if isinstance(model, TransformerConfig):
+        ways, title = partial(_ways, options, work_of(options, place), place), f"{options.model}, {options.task}"
+    else:
+        step = other.step_of(model, options, _sizes(options.mesh, place))
+        ways, title = lambda _: [step], f"{options.model}, {step.objective.what}"
+        programs, figures, show = other.programs, other.figures, other.show
     display = display or Display()
     reason = _start(options, place)
     with display:
         if reason:
             display.note(f"counted, not compiled: {reason}")
-        ways = _ways(options, work, place, display)
         results = []
-        for way in ways:
-            done = {} if reason else _compile(way, options, place, display)
-            results.append(report.figures(way, place, done))
-            report.show(results[-1], f"{options.model}, {options.task}", display)
+        for way in ways(display):
+            quick = options.effort == "quick" and programs is compiled.programs
+            done = {} if reason else _compile(programs(way, place), way.mesh, display, quick=quick)
+            results.append(figures(way, place, done))
+            show(results[-1], title, display)
         if len(results) > 1:
             report.compare(results, display)
     best = min(results, key=lambda one: (not one["fits"], one["step_seconds"]))
@@ -59,16 +71,19 @@ def run(options: Plan, *, display: Display | None = None) -> dict[str, Any]:
 
 
 def work_of(options: Plan, place: chips.Topology) -> Work:
-    """The step that the options describe.
+    """The step of a Transformer of tokens that the options describe.
 
     Raises:
-      ValueError: an unknown model (with the names), or a mesh that does not fit the chips.
+      ValueError: a model that is none, or a mesh that does not fit the chips.
     """
+    model = model_of(options.model)
+    if not isinstance(model, TransformerConfig):
+        raise ValueError(f"model is {options.model!r}, no Transformer of tokens; its plan is `other.step_of`'s")
     types = {"dtype": options.dtype, "param_dtype": options.param_dtype, "cache_dtype": options.cache or None}
     own = options.sampler_mesh not in ("", "auto")
     grpo = options.task == "grpo"
     return Work(
-        dataclasses.replace(transformer_of(options.model), remat=options.remat, **types),
+        dataclasses.replace(model, remat=options.remat, **types),
         options.task,
         options.batch,
         options.length,
@@ -84,11 +99,13 @@ def work_of(options: Plan, place: chips.Topology) -> Work:
     )
 
 
-def transformer_of(name: str) -> TransformerConfig:
-    """The Transformer of a name: one of `MODELS`, or a decoder, encoder or vision-language network of `jaxrl nets`.
+def model_of(name: str) -> TransformerConfig | networks.Network:
+    """What a name of `MODELS` or of `jaxrl nets` stands for: a Transformer of tokens, or another network.
+
+    Of a vision-language network it is the decoder, of an encoder with layers of its own its Transformer.
 
     Raises:
-      ValueError: an unknown name, or a network that is no Transformer of tokens.
+      ValueError: an unknown name.
     """
     if name in MODELS:
         return getattr(presets, MODELS[name])()
@@ -102,17 +119,8 @@ def transformer_of(name: str) -> TransformerConfig:
         ) from None
     of: Any = found.config
     one = getattr(of, "transformer", getattr(of, "text", of))
-    if not isinstance(one, TransformerConfig):
-        raise ValueError(
-            f"model is {name!r}, a {found.family} network: what is planned is the training of Transformers of tokens; "
-            f"`jaxrl nets {name}` shows its size"
-        )
-    if one.share_layers or one.embed_width not in (None, one.width):
-        raise ValueError(
-            f"model is {name!r}, which shares its layers' parameters or has embeddings of another width than its "
-            "layers; neither is counted here"
-        )
-    return one
+    plain = isinstance(one, TransformerConfig) and not one.share_layers and one.embed_width in (None, one.width)
+    return one if plain else found
 
 
 def _sizes(spec: str, place: chips.Topology) -> dict[str, int]:
@@ -163,15 +171,16 @@ def _ways(options: Plan, work: Work, place: chips.Topology, display: Display) ->
     return [one.work for one in found[: options.candidates]]
 
 
-def _compile(work: Work, options: Plan, place: chips.Topology, display: Display) -> dict[str, compiled.Compiled | str]:
+def _compile(
+    makers: Mapping[str, Callable], mesh: Mapping[str, int], display: Display, *, quick: bool
+) -> dict[str, compiled.Compiled | str]:
     """The compiled programs by name, or why one does not fit."""
-    makers = compiled.programs(work, place)
-    display.stage(f"compile {report.mesh_name(work.mesh)} {work.config.remat}", steps=len(makers))
+    display.stage(f"compile {report.mesh_name(mesh)}", steps=len(makers))
     done: dict[str, compiled.Compiled | str] = {}
     for number, (name, make) in enumerate(makers.items()):
         display.update(number, {}, rate=f"compiling {name}")
         try:
-            done[name] = compiled.compile_program(name, make(), quick=options.effort == "quick")
+            done[name] = compiled.compile_program(name, make(), quick=quick)
         except MemoryError as error:
             done[name] = str(error)
         display.update(number + 1, {}, rate="")

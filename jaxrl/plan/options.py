@@ -39,8 +39,8 @@ class Plan:
     """What a step of training takes on chips that need not be here: counted, and read from its compiled programs."""
 
     model: str = "llama-8b"
-    """smollm2-135m, llama-8b, llama-70b, qwen3-0.6b to qwen3-32b, deepseek-v3, ... (a wrong name lists them), or a
-    Transformer of `jaxrl nets`: of encoders and vision-language networks that of tokens, without heads and towers."""
+    """smollm2-135m, llama-8b, llama-70b, qwen3-0.6b to qwen3-32b, deepseek-v3, ... (a wrong name lists them), or any
+    network of `jaxrl nets`: of encoders and vision-language networks the Transformer, without heads and towers."""
     topology: str = "v5e:16x16"
     """Chips: v4, v5e, v5p, v6e or tpu7x and the shape of a slice, 2xv5e:16x16 for two, h100:HOSTSxGPUS, or cpu:8."""
     mesh: str = "auto"
@@ -80,7 +80,8 @@ class Plan:
     candidates: int = 3
     """Found by --search: how many are compiled."""
     effort: Literal["quick", "full"] = "quick"
-    """Of the compiler: quick takes less than half the time, and finds programs that need a little more memory."""
+    """Of the compiler: quick takes less than half the time, and finds programs that need a little more memory. Networks
+    that are no decoders are compiled in full: on some of theirs libtpu's quick way stops at a check of its own."""
     out: str = ""
     """JSON file to write; empty writes none."""
 

@@ -32,11 +32,11 @@ def figures(work: Work, place: chips.Topology, done: Mapping[str, Compiled | str
     seconds = sum(one.seconds for one in each.values())
     copy = sum(sampler_copy(work).values())
     beside = sum(held(work).values()) - (0 if copy else held(work)["parameters"])  # while sampling
-    read = {
-        name: one if isinstance(one, str) else _read(one, copy if name == "train" else beside)
+    said = {
+        name: one if isinstance(one, str) else read(one, copy if name == "train" else beside)
         for name, one in done.items()
     }
-    needed = [math.inf if isinstance(one, str) else one["memory"] + one["code"] for one in read.values()]
+    needed = [math.inf if isinstance(one, str) else one["memory"] + one["code"] for one in said.values()]
     worst = max([*needed, *(sum(parts.values()) for name, parts in memory.items() if not done or name == "lay out")])
     return {
         "topology": place.name,
@@ -58,12 +58,12 @@ def figures(work: Work, place: chips.Topology, done: Mapping[str, Compiled | str
         "step_seconds_serial": sum(one.serial for one in each.values()),
         "tokens_per_second": work.rows * (work.length - 1) / seconds,
         "most_mfu": model_flops(work) / place.devices / place.chip.flops / each["train"].seconds,
-        "compiled": read,
+        "compiled": said,
         "hints": hints(work, place),
     }  # fmt: skip
 
 
-def _read(one: Compiled, beside: float) -> dict[str, Any]:
+def read(one: Compiled, beside: float = 0.0) -> dict[str, Any]:
     """What the compiler says; `memory` with what lives beside the program, as in the counted phases."""
     counts = one.counts
     return {
@@ -102,9 +102,7 @@ def show(found: Mapping[str, Any], title: str, display: Display) -> None:
         f"{title}: {found['parameters']['all']:,} parameters on {found['devices']} devices of {found['topology']}; "
         f"{found['mesh']}{sampling}, remat {found['remat']}, {parts}"
     )
-    _memory(found, display)
-    _train(found, display)
-    _time(found, display)
+    tables(found, display)
     for hint in found["hints"]:
         display.note(f"hint: {hint}")
     verdict = "fits" if found["fits"] else "does not fit"
@@ -114,6 +112,13 @@ def show(found: Mapping[str, Any], title: str, display: Display) -> None:
         f"({most:.3g} s if nothing overlaps): at most {found['tokens_per_second']:,.0f} tokens/s, and "
         f"{100 * found['most_mfu']:.0f} % MFU in training"
     )
+
+
+def tables(found: Mapping[str, Any], display: Display) -> None:
+    """Memory, FLOPs and traffic, and seconds."""
+    _memory(found, display)
+    _train(found, display)
+    _time(found, display)
 
 
 def _memory(found: Mapping[str, Any], display: Display) -> None:

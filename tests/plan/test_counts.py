@@ -382,36 +382,20 @@ def test_hints_name_what_goes_badly():
     ],
 )
 def test_transformers_of_the_catalogue_have_a_plan(name, parameters):
-    assert sum(sizes.parameters(command.transformer_of(name)).values()) == parameters
+    assert sum(sizes.parameters(command.model_of(name)).values()) == parameters
 
 
 def test_an_encoder_looks_at_all_pairs():
-    one = a_work(config=command.transformer_of("bert-base"), mesh={"fsdp": 8})
+    one = a_work(config=command.model_of("bert-base"), mesh={"fsdp": 8})
     causal = dataclasses.replace(one, config=dataclasses.replace(one.config, causal=True))
     n = one.length - 1
     ratio = work.train_flops(one)["attention"] / work.train_flops(causal)["attention"]
     assert ratio == pytest.approx(n * n / (n * (n + 1) / 2))
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        (
-            "vit-b16",
-            "a vision network: what is planned is the training of Transformers of tokens",
-        ),
-        ("albert-base", "shares its layers' parameters or has embeddings of another width"),
-        ("electra-small", "shares its layers' parameters or has embeddings of another width"),
-    ],
-)
-def test_what_has_no_plan_is_refused(name, message):
-    with pytest.raises(ValueError, match=message):
-        command.transformer_of(name)
-
-
 def test_a_pipeline_gathers_once_and_reduces_in_each_tick():
     """16 rows in 16 micro-batches, on 4 stages: 19 ticks."""
-    llama = command.transformer_of("llama-8b")
+    llama = command.model_of("llama-8b")
     one, staged = (a_work(batch=32, config=llama, mesh=mesh) for mesh in ({"fsdp": 2}, {"fsdp": 2, "stage": 4}))
     sent = lambda w: {x.kind: x.bytes for x in traffic.train_traffic(w) if x.axes == ("fsdp",)}
     table = llama.vocab_size * llama.width * jnp.dtype(llama.dtype).itemsize / 2  # its other half is here
@@ -423,7 +407,7 @@ def test_a_pipeline_gathers_once_and_reduces_in_each_tick():
 
 
 def test_on_gpus_the_heads_buffers_stay():
-    one = a_work(config=command.transformer_of("llama-8b"), mesh={"fsdp": 8})
+    one = a_work(config=command.model_of("llama-8b"), mesh={"fsdp": 8})
     found = {kind: memory.train_memory(dataclasses.replace(one, chips=kind)) for kind in ("tpu", "gpu")}
     item = jnp.dtype(one.config.dtype).itemsize
     head = item * (2 * one.config.vocab_size * one.config.width + 3 * one.own_tokens * one.config.width)
