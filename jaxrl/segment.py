@@ -89,6 +89,19 @@ def load_sam(where: str | Path, **changes) -> Segmenter:
     return Segmenter(config, folders.parameters(folder, load, ignored=weights.IGNORED))
 
 
+def _check_values(image):
+    if isinstance(image, Tracer):
+        return
+    image = np.asarray(image)
+    low, high = float(np.min(image)), float(np.max(image))
+    if not (low >= 0 and high <= 255):
+        raise ValueError(f"image has values {low:g} ... {high:g}, expected 0 ... 255, as they are before normalisation")
+    if 0 < high <= 1 and not np.issubdtype(image.dtype, np.integer):
+        raise ValueError(
+            f"image is {image.dtype} with values {low:g} ... {high:g}, expected 0 ... 255: multiply by 255"
+        )
+
+
 def preprocess(config: SAMConfig, image: jax.Array) -> tuple[jax.Array, tuple[int, int]]:
     """An image as the network takes it: longer side resized to the config's, normalised, padded below and right.
 
@@ -100,13 +113,20 @@ def preprocess(config: SAMConfig, image: jax.Array) -> tuple[jax.Array, tuple[in
       ([image, image, 3] float32, the (height, width) that the picture fills).
 
     Raises:
-      ValueError: another shape.
+      ValueError: another shape, an image so long that nothing of its shorter side is left, or values that are not 0 ...
+        255. Values are looked at where they are known, not under `jax.jit`.
     """
     if jnp.ndim(image) != 3 or jnp.shape(image)[2] != 3:
         raise ValueError(f"image has shape {jnp.shape(image)}, expected [height, width, 3], values 0 ... 255")
     height, width, _ = jnp.shape(image)
-    scale = config.image / max(height, width)
+    scale = config.image / max(height, width, 1)
     scaled = (int(height * scale + 0.5), int(width * scale + 0.5))
+    if 0 in scaled:
+        raise ValueError(
+            f"image of {height} x {width} pixels is {scaled[0]} x {scaled[1]} at the size of the network, "
+            f"{config.image}, expected a pixel or more: crop the longer side, or pad the shorter one"
+        )
+    _check_values(image)
     x = jax.image.resize(jnp.asarray(image, jnp.float32), (*scaled, 3), "linear")
     x = (x - jnp.array(MEAN).reshape(1, 1, 3)) / jnp.array(DEVIATION).reshape(1, 1, 3)
     return jnp.pad(x, ((0, config.image - scaled[0]), (0, config.image - scaled[1]), (0, 0))), scaled
@@ -153,6 +173,54 @@ def embed(config: SAMConfig, params: Any, image: jax.Array) -> Embedded:
     x, scaled = preprocess(config, image)
     height, width, _ = jnp.shape(image)
     return Embedded(_encode(config, params, x[None]), (height, width), scaled)
+
+
+def _check_prompts(config, size, points, labels, boxes, masks):
+    """Raises what `segment` says."""
+    side = 4 * config.grid
+    given = (
+        ("points", points, "[P, N, 2]", (2,)),
+        ("boxes", boxes, "[P, 4]", (4,)),
+        ("masks", masks, f"[P, 4 h, 4 w] = [P, {side}, {side}]", (side, side)),
+    )
+    for name, array, axes, last in given:
+        if array is None:
+            continue
+        shape = jnp.shape(array)
+        if len(shape) != len(last) + (2 if name == "points" else 1) or shape[-len(last) :] != last:
+            raise ValueError(f"{name} have shape {shape}, expected {axes}: one prompt is {name}[None]")
+        if not shape[0]:
+            raise ValueError(f"{name} have shape {shape}, which is no prompt: expected {axes} with P of 1 or more")
+    known = lambda x: None if x is None or isinstance(x, Tracer) else np.asarray(x)
+    places, kinds, corners = known(points), known(labels), known(boxes)
+    if kinds is not None and points is not None:
+        if kinds.shape != jnp.shape(points)[:2]:
+            raise ValueError(
+                f"labels have shape {kinds.shape}, expected [P, N] = {jnp.shape(points)[:2]} of the points"
+            )
+        _refuse(
+            ~np.isin(kinds, (ABSENT, BACKGROUND, FOREGROUND)),
+            "labels",
+            kinds,
+            "1 (on the object), 0 (beside it) or -2 (no point); boxes have an argument of their own",
+        )
+    if places is not None and (labels is None or kinds is not None):
+        here = np.ones(places.shape[:2], bool) if kinds is None else kinds > ABSENT
+        if boxes is None and masks is None and not here.any(axis=1).all():
+            empty = np.argmin(here.any(axis=1))
+            raise ValueError(f"prompt {empty} has no point that is there, no box and no mask: expected one of them")
+        inside = np.all((places >= 0) & (places <= np.array(size[::-1]).reshape(1, 1, 2)), axis=-1)
+        _refuse(here & ~inside, "points", places, f"(x, y) within the image of {size[1]} x {size[0]} (width x height)")
+    if corners is not None:
+        right = np.all(np.isfinite(corners) & np.tile(corners[:, 2:] >= corners[:, :2], 2), axis=-1)
+        _refuse(~right, "boxes", corners, "finite (left, top, right, bottom) with left <= right and top <= bottom")
+
+
+def _refuse(wrong, name, values, expected):
+    """Raises ValueError about the first of the wrong ones, bool over the leading axes of values."""
+    if wrong.any():
+        at = tuple(map(int, np.argwhere(wrong)[0]))
+        raise ValueError(f"{name}{list(at)} is {values[at]}, expected {expected}")
 
 
 def _clicks(points: jax.Array | None, labels: jax.Array | None) -> int:
@@ -209,16 +277,11 @@ def segment(
       `Segmentation`.
 
     Raises:
-      ValueError: no prompt, or shapes that do not fit.
+      ValueError: no prompt, shapes that do not fit, unknown labels, points outside of the image, inverted boxes. Values
+        are looked at where they are known, not under `jax.jit`.
     """
-    for name, array, axes in (
-        ("points", points, "[P, N, 2]"),
-        ("boxes", boxes, "[P, 4]"),
-        ("masks", masks, "[P, 4 h, 4 w]"),
-    ):
-        if array is not None and jnp.ndim(array) != axes.count(",") + 1:
-            raise ValueError(f"{name} have shape {jnp.shape(array)}, expected {axes}: one prompt is {name}[None]")
     seen = image if isinstance(image, Embedded) else embed(config, params, image)
+    _check_prompts(config, seen.size, points, labels, boxes, masks)
     ratio = jnp.array([seen.scaled[1] / seen.size[1], seen.scaled[0] / seen.size[0]])
     if points is not None:
         points = jnp.asarray(points, jnp.float32) * ratio.reshape(1, 1, 2)

@@ -127,21 +127,69 @@ def test_traced_labels_leave_the_number_of_masks_to_the_caller():
     np.testing.assert_allclose(got, ask(label), atol=1e-5)
 
 
+POINT, BOX = np.ones((1, 1, 2)), np.array([[1.0, 2.0, 3.0, 4.0]])
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({}, "given nothing"),
         ({"points": np.zeros((1, 2))}, r"points\[None\]"),
+        ({"points": np.zeros((1, 2, 3))}, r"points have shape \(1, 2, 3\), expected \[P, N, 2\]"),
         ({"boxes": np.zeros(4)}, r"boxes\[None\]"),
+        ({"boxes": np.zeros((1, 5))}, r"boxes have shape \(1, 5\)"),
+        ({"masks": np.zeros((1, 4, 4))}, r"masks have shape \(1, 4, 4\), expected .* \[P, 16, 16\]"),
         ({"points": np.zeros((2, 1, 2)), "boxes": np.zeros((1, 4))}, "one box for each"),
+        ({"points": np.zeros((0, 1, 2))}, "no prompt: expected .* P of 1 or more"),
+        ({"boxes": np.zeros((0, 4))}, "no prompt"),
+        ({"points": np.zeros((1, 0, 2))}, "prompt 0 has no point that is there, no box and no mask"),
+        ({"points": np.tile(POINT, (2, 1, 1)), "labels": np.array([[1], [-2]])}, "prompt 1 has no point"),
+        ({"points": POINT, "labels": np.array([1])}, r"labels have shape \(1,\), expected \[P, N\] = \(1, 1\)"),
+        ({"points": POINT, "labels": np.array([[2]])}, r"labels\[0, 0\] is 2, expected 1 \(on"),
+        ({"points": POINT, "labels": np.array([[0.5]])}, r"labels\[0, 0\] is 0.5"),
+        ({"points": np.array([[[1, 1], [5, 10.5]]])}, r"points\[0, 1\] is .*, expected .* 20 x 10 \(width x height\)"),
+        ({"points": -POINT}, r"points\[0, 0\]"),
+        ({"points": POINT * np.nan}, r"points\[0, 0\]"),
+        ({"boxes": BOX[:, [2, 1, 0, 3]]}, r"boxes\[0\] is .*, expected .* left <= right"),
+        ({"boxes": np.concatenate([BOX, BOX[:, [0, 3, 2, 1]]])}, r"boxes\[1\]"),
+        ({"boxes": BOX * np.inf}, "finite"),
     ],
 )
 def test_prompts_that_do_not_fit_are_refused(given, message):
     seen = at_work.Embedded(jnp.zeros((1, 4, 4, 16)), (10, 20), (8, 16))
     with pytest.raises(ValueError, match=message):
         at_work.segment(TINY, params(), seen, **given)
-    with pytest.raises(ValueError, match="expected .height, width, 3."):
-        at_work.preprocess(TINY, np.zeros((3, 10)))
+
+
+def test_absent_points_may_lie_anywhere_and_boxes_reach_out_of_the_image():
+    seen = at_work.Embedded(jnp.zeros((1, 4, 4, 16)), (10, 20), (8, 16))
+    points, labels = np.array([[[0, 10], [-99, np.nan]]]), np.array([[1, -2]])
+    boxes = np.array([[-1.0, 3.0, 25.0, 3.0]])
+    found = at_work.segment(TINY, params(), seen, points=points, labels=labels, boxes=boxes)
+    assert found.masks.shape == (1, 1, 10, 20) and np.isfinite(found.logits).all()
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((3, 10)), "expected .height, width, 3."),
+        (np.zeros((1, 400, 3)), "image of 1 x 400 pixels is 0 x 16 .* crop the longer side"),
+        (np.zeros((0, 0, 3)), "image of 0 x 0"),
+        (picture() / 255, r"float64 with values 0 ... 1, expected 0 ... 255: multiply by 255"),
+        (picture() > 9, "bool with values 0 ... 1"),
+        (picture() - 99.0, "values -99 ... "),
+        (picture() * np.int32(257), "values 0 ... 65535"),
+        (picture() * np.nan, "values nan"),
+    ],
+)
+def test_images_that_are_none_are_refused(image, message):
+    with pytest.raises(ValueError, match=message):
+        at_work.preprocess(TINY, image)
+
+
+def test_dark_images_are_images():
+    for image in (np.zeros((8, 8, 3)), np.ones((8, 8, 3), np.uint8)):
+        assert at_work.preprocess(TINY, image)[1] == (16, 16)
 
 
 # a simulated user
