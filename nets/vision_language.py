@@ -26,6 +26,7 @@ class VisionLanguageConfig:
 
     text: TransformerConfig
     vision: PackedViTConfig
+    tokens_per_second: float | None = None  # positions that a second of video takes; None: one a frame
 
     def __post_init__(self):
         if self.vision.out != self.text.width:
@@ -37,8 +38,8 @@ class VisionLanguageConfig:
 class Features(NamedTuple):
     """Where the features of a bank stand, ints [I, M, 3], [I, M] and [I, M].
 
-    places: frame, row and column in features. index: number in its image. saved: how many positions the image takes
-    less than it has features, at its last one, and 0 at the others.
+    places: frame, row and column in features, the frame as the time at which M-RoPE counts it. index: number in its
+    image. saved: how many positions the image takes less than it has features, at its last one, and 0 at the others.
     """
 
     places: jax.Array
@@ -46,17 +47,25 @@ class Features(NamedTuple):
     saved: jax.Array
 
 
-def features(config: PackedViTConfig, bank: Patches) -> Features:
-    """The features that `PackedViT` makes of a bank, without their values."""
-    m = config.merge
+def features(config: VisionLanguageConfig, bank: Patches) -> Features:
+    """The features that `PackedViT` makes of a bank, without their values.
+
+    The frames of a video stand at the whole part of frame x seconds of one x tokens_per_second (Qwen2.5-VL: Bai et al.
+    2025, arXiv:2502.13923, section 2.1.3).
+    """
+    m = config.vision.merge
     images = bank.images[:, :: m * m]
     per = jnp.asarray([1, m, m])[None, None]
     places, grids = bank.places[:, :: m * m] // per, bank.grids[:, :: m * m] // per
+    if config.tokens_per_second is not None:
+        pace = config.tokens_per_second * bank.seconds[:, :: m * m]
+        places = places.at[..., 0].set((places[..., 0] * pace).astype(places.dtype))
     columns = jnp.broadcast_to(jnp.arange(images.shape[1])[None], images.shape)
     begins = jnp.pad(jnp.diff(images, axis=1) != 0, ((0, 0), (1, 0)), constant_values=True)
     index = columns - lax.cummax(jnp.where(begins, columns, 0), axis=1)
     last = (index == grids.prod(-1) - 1) & (images > 0)
-    return Features(places, index, jnp.where(last, index + 1 - grids.max(-1), 0))
+    taken = jnp.maximum(places[..., 0] + 1, grids[..., 1:].max(-1))
+    return Features(places, index, jnp.where(last, index + 1 - taken, 0))
 
 
 def image_ids(config: VisionLanguageConfig, bank: Patches) -> list[list[np.ndarray]]:
@@ -76,7 +85,8 @@ def mrope_positions(
     """Positions of three axes (M-RoPE: Wang et al. 2024, arXiv:2409.12191, section 2.1).
 
     Text has one number on all axes; a feature has that of its image's first plus (frame, row, column); text after an
-    image goes on at the largest number so far + 1.
+    image goes on at the largest number so far + 1. So Qwen's models were trained; transformers 5.24 goes on after the
+    larger of rows and columns, which differs where a video is longer in time.
 
     Args:
       ids: [B, T] tokens and, from `vocab_size` on, features.
@@ -141,7 +151,7 @@ def with_images(
     """
     text, vision = language_model(config.text) if model is None else model, PackedViT(config.vision)
     words, size = config.text.vocab_size, bank.values.shape[1] // config.vision.merge**2
-    of = jax.jit(features, static_argnums=0)(config.vision, bank)
+    of = jax.jit(features, static_argnums=0)(config, bank)
 
     def init(key):
         k_text, k_vision = jax.random.split(key)
@@ -204,10 +214,10 @@ SIZES = {
     "qwen2_vl_72b": VisionLanguageConfig(presets.qwen25_7b(**_QWEN_72B, **_MROPE), TOWERS["qwen2_vl_72b"]),
     # Bai et al. 2025, arXiv:2502.13923: Qwen2.5's
     "qwen25_vl_3b": VisionLanguageConfig(
-        presets.qwen25_1_5b(**_QWEN_3B, rope_sections=(16, 24, 24), max_length=128000), TOWERS["qwen25_vl_3b"]
+        presets.qwen25_1_5b(**_QWEN_3B, rope_sections=(16, 24, 24), max_length=128000), TOWERS["qwen25_vl_3b"], 2
     ),
     "qwen25_vl_7b": VisionLanguageConfig(
-        presets.qwen25_7b(rope_sections=(16, 24, 24), max_length=128000), TOWERS["qwen25_vl_7b"]
+        presets.qwen25_7b(rope_sections=(16, 24, 24), max_length=128000), TOWERS["qwen25_vl_7b"], 2
     ),
     # Kimi Team 2025, arXiv:2504.07491: Moonlight's, after the stage for long texts
     "kimi_vl_a3b": VisionLanguageConfig(

@@ -89,12 +89,14 @@ class Patches(NamedTuple):
 
     values: [B, N, C * frames * patch * patch]. places: int [B, N, 3], frame, row and column of each patch in its image.
     grids: int [B, N, 3], how many of each its image has (1 on padding). images: int [B, N], 1, 2, ...; 0 is padding.
+    seconds: [B, N], how much time of its video one frame of `places` stands for.
     """
 
     values: jax.Array
     places: jax.Array
     grids: jax.Array
     images: jax.Array
+    seconds: jax.Array
 
 
 def smart_resize(
@@ -150,7 +152,13 @@ def patchify(config: PackedViTConfig, image: jax.Array) -> tuple[jax.Array, np.n
     return values, places.transpose(1, 2, 4, 3, 5, 0).reshape(-1, 3)
 
 
-def pack(config: PackedViTConfig, images: Sequence[jax.Array], length: int | None = None) -> Patches:
+def pack(
+    config: PackedViTConfig,
+    images: Sequence[jax.Array],
+    length: int | None = None,
+    *,
+    seconds: Sequence[float] | None = None,
+) -> Patches:
     """Patches of these images, or videos, one after another: a row, B = 1.
 
     Args:
@@ -158,6 +166,8 @@ def pack(config: PackedViTConfig, images: Sequence[jax.Array], length: int | Non
       images: as in `patchify`, of any sizes.
       length: N, a multiple of merge^2; None: as long as the images are. Rows of one length can be concatenated:
         `jax.tree.map(lambda *rows: jnp.concatenate(rows), *packed)`.
+      seconds: of each image, how much time `config.frames` of its frames cover, config.frames / (frames a second);
+        None: 1 each. Of a single image it does not matter.
     """
     each = [patchify(config, image) for image in images]
     total = sum(len(places) for _, places in each)
@@ -172,12 +182,14 @@ def pack(config: PackedViTConfig, images: Sequence[jax.Array], length: int | Non
         raise ValueError(f"an image of {grids} patches is too large for windows: expected at most {limit} a side")
     sizes = [len(places) for _, places in each]
     row = lambda parts, fill: np.pad(np.concatenate(parts), ((0, length - total), (0, 0)), constant_values=fill)[None]
+    padded = lambda numbers: np.pad(np.repeat(numbers, sizes), (0, length - total))[None]
     values = jnp.pad(jnp.concatenate([values for values, _ in each]), ((0, length - total), (0, 0)))
     return Patches(
         values[None],
         jnp.asarray(row([places for _, places in each], 0)),
         jnp.asarray(row([np.tile(grid, (n, 1)) for grid, n in zip(grids, sizes, strict=True)], 1)),
-        jnp.asarray(np.pad(np.repeat(np.arange(1, len(each) + 1), sizes), (0, length - total))[None]),
+        jnp.asarray(padded(np.arange(1, len(each) + 1))),
+        jnp.asarray(padded(np.ones(len(each)) if seconds is None else seconds), jnp.float32),
     )
 
 

@@ -113,7 +113,7 @@ def shapes(config: VisionLanguageConfig) -> dict[str, tuple[int, ...]]:
         return jax.ShapeDtypeStruct(shape, np.dtype(dtype))
 
     values = array(1, n, c.channels * c.frames * c.patch**2, dtype="float32")
-    row = Patches(values, array(1, n, 3), array(1, n, 3), array(1, n))
+    row = Patches(values, array(1, n, 3), array(1, n, 3), array(1, n), array(1, n, dtype="float32"))
     tower = jax.eval_shape(lambda row: PackedViT(c).init(jax.random.key(0), row)["params"], row)
     paths = {
         jax.tree_util.keystr(at, simple=True, separator="/"): x.shape for at, x in jax.tree.leaves_with_path(tower)
@@ -193,7 +193,9 @@ def from_hugging_face(config: Mapping[str, Any], **changes) -> VisionLanguageCon
     tied = config.get("tie_word_embeddings") or text.get("tie_word_embeddings")
     text |= {"model_type": "qwen2", "rope_parameters": plain, "rope_scaling": None, "tie_word_embeddings": bool(tied)}
     decoder = configs.from_hugging_face(text, **{"rope_sections": sections, **changes})
-    return VisionLanguageConfig(decoder, _published_qwen(v, decoder.width, second=kind == "qwen2_vl"))
+    second = kind == "qwen2_vl"
+    pace = None if second else v.get("tokens_per_second", 4)
+    return VisionLanguageConfig(decoder, _published_qwen(v, decoder.width, second=second), pace)
 
 
 def _published_qwen(v: Mapping[str, Any], out: int, *, second: bool) -> PackedViTConfig:

@@ -8,6 +8,7 @@ made with torch 2.13.0 (CPU) and transformers 5.24.0. It holds
   pictures         [2, 3, 16, 16]; codes: what the tokeniser makes of them [2, 64]; latent: before it is quantised
   ids              token ids [2, 12]
   CASE/config, CASE/logits   of the decoder, for the norms of the 7B ("pre") and of the 34B ("branch")
+  CASE/loss, CASE/grad/NAME   next-token cross-entropy, mean over all positions, and its gradients
 """
 
 import json
@@ -46,7 +47,12 @@ def main():
             "codes": encoded.image_tokens.reshape(2, -1).numpy(),
         }
         hidden = model.model(input_ids=torch.tensor(ids), use_cache=False).last_hidden_state
-        out[f"{case}/logits"] = model.lm_head(hidden).detach().numpy()
+        logits = model.lm_head(hidden)
+        out[f"{case}/logits"] = logits.detach().numpy()
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), torch.tensor(ids[:, 1:]).flatten())
+        loss.backward()
+        out[f"{case}/loss"] = loss.detach().numpy()
+        out |= {f"{case}/grad/{name}": p.grad.numpy() for name, p in state.items() if p.grad is not None}
         out[f"{case}/config"] = json.dumps(config.to_dict(), sort_keys=True, default=str)
     path = Path(__file__).parent / "chameleon.npz"
     np.savez_compressed(path, **out)

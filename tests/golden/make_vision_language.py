@@ -9,8 +9,9 @@ made with torch 2.13.0 (CPU) and transformers 5.24.0, eager attention. In qwen2_
   CASE/config   the config.json, as text
   CASE/ids      [B, T] token ids, in which 38 stands for a feature of an image
   CASE/pixels   float16 [patches of all images, numbers of a patch], CASE/grids [images, 3], CASE/rows [images]: whose
+  CASE/seconds [images], how much time a frame covers (qwen25_vl, video)
   CASE/positions [3, B, T] of M-RoPE, CASE/features [features of all images, D], CASE/logits [B, T, V]
-  CASE/loss, CASE/grad/NAME   next-token cross-entropy of targets that are text, its gradients (qwen2_vl)
+  CASE/loss, CASE/grad/NAME   next-token cross-entropy of targets that are text, its gradients (the first case)
 Kimi-VL has no class there: Kimi-K2.5's is the same for images. Its patches come row by row; those of Qwen in merged
 order. What transformers writes for it is not what is published (5.24 turns the decoder's queries as if they were the
 tower's), so the decoder is saved as the DeepSeek-V3 that it is, under Kimi-VL's prefix. Printed last: parameter counts.
@@ -26,7 +27,7 @@ import transformers
 from make_networks import on_disk, randomise
 from make_transformers import rope
 
-IMAGE = 38
+IMAGE, VIDEO = 38, 39
 TEXT = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 1, "max_position_embeddings": 64}  # fmt: skip
 QWEN_TEXT = TEXT | {"rope_parameters": {**rope()["rope_parameters"], "mrope_section": [1, 1, 2]}}
@@ -41,7 +42,7 @@ MODELS = {  # transformers' names, vision_config, text_config, further fields
     "qwen25_vl": (
         "Qwen2_5_VL",
         PATCHES | {"depth": 3, "hidden_size": 16, "out_hidden_size": 16, "intermediate_size": 24, "window_size": 8,
-                   "fullatt_block_indexes": [1]},
+                   "fullatt_block_indexes": [1], "tokens_per_second": 2},
         QWEN_TEXT, {},
     ),
     "kimi_vl": (
@@ -55,8 +56,10 @@ CASES = {  # grids of the images of each row
     "images": [[(1, 4, 6), (1, 2, 4)], [(1, 6, 4)]],
     "large": [[(1, 6, 10)]],
     "video": [[(2, 4, 2), (1, 2, 2)]],
+    "timed": [[(3, 8, 2), (2, 4, 4)]],  # frames at 0, 1, 3 and 0, 1
 }
-OF = {"qwen2_vl": ("images", "video"), "qwen25_vl": ("large",), "kimi_vl": ("images",)}
+SECONDS = {"timed": [0.75, 0.5]}
+OF = {"qwen2_vl": ("images", "video"), "qwen25_vl": ("large", "timed"), "kimi_vl": ("images",)}
 
 
 def tokens(rows, draw):
@@ -92,13 +95,21 @@ def run(name, case, model, config, draw):
     size = (3, 2, 2) if kimi else (24,)
     pixels = draw.normal(size=(int(grids.prod(1).sum()), *size)).astype(np.float16)
     values, given = torch.tensor(pixels.astype(np.float32)), torch.tensor(ids)
-    seen = {"pixel_values": values, "image_grid_thw": grids}
+    timed = SECONDS.get(case)
+    if timed:
+        given = torch.where(given == IMAGE, VIDEO, given)
+        where = {"video_grid_thw": grids, "second_per_grid_ts": torch.tensor(timed)}
+        seen = {"pixel_values_videos": values, **where}
+    else:
+        where = {"image_grid_thw": grids}
+        seen = {"pixel_values": values, **where}
     positions = torch.arange(ids.shape[1]).expand(3, *ids.shape)
     if not kimi:
-        seen["mm_token_type_ids"] = (given == config.image_token_id).int()
-        positions = model.model.get_rope_index(given, seen["mm_token_type_ids"], image_grid_thw=grids)[0]
+        seen["mm_token_type_ids"] = (given == IMAGE).int() + 2 * (given == VIDEO).int()
+        positions = model.model.get_rope_index(given, seen["mm_token_type_ids"], **where)[0]
     logits = model(input_ids=given, use_cache=False, **seen).logits
-    found = model.model.get_image_features(values, grids).pooler_output
+    of = model.model.get_video_features if timed else model.model.get_image_features
+    found = of(values, grids).pooler_output
     out = {
         "config": json.dumps(config.to_dict(), sort_keys=True, default=str),
         "ids": ids.astype(np.int32),
@@ -109,7 +120,9 @@ def run(name, case, model, config, draw):
         "features": torch.cat(list(found)).detach().numpy(),
         "logits": logits.detach().numpy(),
     }
-    if name == "qwen2_vl" and case == "images":
+    if timed:
+        out["seconds"] = np.array(timed, np.float32)
+    if case == OF[name][0]:
         targets = given[:, 1:].masked_fill(given[:, 1:] == IMAGE, -100)
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten())
         loss.backward()
@@ -117,7 +130,7 @@ def run(name, case, model, config, draw):
         for p in model.parameters():
             p.data = torch.zeros_like(p) if p.grad is None else p.grad.clone()
         out["loss"] = loss.detach().numpy()
-        out |= {f"grad/{key}": value for key, value in published(name, model, config).items()}
+        out |= {f"grad/{key}": value for key, value in published(name, model, config).items() if "_bias" not in key}
         for key, p in model.named_parameters():
             p.data = held[key]
     return out
@@ -129,7 +142,7 @@ def build(name, vision=None, text=None, **options):
     own = own if text is None else text
     config = getattr(transformers, f"{kind}Config")(
         vision_config=sizes if vision is None else vision, text_config=own, attn_implementation="eager",
-        **{"image_token_id": IMAGE, "video_token_id": 39, "tie_word_embeddings": False, **more, **options},
+        **{"image_token_id": IMAGE, "video_token_id": VIDEO, "tie_word_embeddings": False, **more, **options},
     )  # fmt: skip
     return getattr(transformers, f"{kind}ForConditionalGeneration")(config), config
 

@@ -16,9 +16,11 @@ from jaxrl.nets.vision.vq import SIZES, VQ
 from jaxrl.nets.weights import from_hugging_face, maps
 from jaxrl.nets.weights import names as decoder
 from jaxrl.nets.weights.chameleon import VQ_PREFIX, from_checkpoint, vq_names
+from jaxrl.posttrain import sft
 from jaxrl.posttrain.rollout import Sampling, completion_log_probs, rollout
-from jaxrl.types import Prompts
+from jaxrl.types import Prompts, TokenBatch
 from tests.golden.drawn import drawn
+from tests.nets.vision_cases import gradients_close
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "chameleon.npz"
 TINY = SIZES["tiny"]
@@ -49,6 +51,26 @@ def test_logits_equal_those_of_torch(case, golden):
     hidden, _ = jax.jit(model.apply)(params, jnp.asarray(golden["ids"]))
     want = golden[f"{case}/logits"]
     np.testing.assert_allclose(logits(hidden, model.unembedding(params)), want, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("case", ["pre", "branch"])
+def test_loss_and_gradients_equal_those_of_torch(case, golden):
+    config = from_hugging_face(json.loads(str(golden[f"{case}/config"])))
+    params, _ = from_checkpoint(config, TINY, checkpoint(config))
+    model = language_model(config)
+    batch = TokenBatch(jnp.asarray(golden["ids"]), jnp.ones(golden["ids"].shape))
+
+    def loss(params):
+        value, _ = sft.loss(model, params, batch)
+        return value.total / value.weight
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    np.testing.assert_allclose(value, golden[f"{case}/loss"], rtol=1e-5)
+    begin = f"{case}/grad/"
+    gradients_close(
+        decoder.to_checkpoint(config, gradient),
+        {name.removeprefix(begin): x for name, x in golden.items() if name.startswith(begin)},
+    )
 
 
 def test_picture_tokens_equal_those_of_torch(golden):

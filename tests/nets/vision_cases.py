@@ -42,6 +42,14 @@ def close(got, want, error=1e-5):
     np.testing.assert_allclose(got, want, rtol=0, atol=error * np.abs(want).max())
 
 
+def gradients_close(ours, theirs):
+    """Gradients by checkpoint names are the same, to 1e-5 of the network's largest."""
+    assert ours.keys() == theirs.keys()
+    scale = max(np.abs(want).max() for want in theirs.values())
+    for name, want in theirs.items():
+        np.testing.assert_allclose(ours[name], want, rtol=1e-3, atol=1e-5 * scale, err_msg=name)
+
+
 def gradients_equal(module, names, params, case, error=1e-4):
     """Logits, mean cross-entropy and its gradients of a case are torch's, gradients to `error`."""
 
