@@ -66,6 +66,28 @@ def iou(box: np.ndarray, other: np.ndarray, *, crowd: np.ndarray | None = None, 
     return np.divide(both, union, out=np.zeros_like(both), where=union > 0)
 
 
+def nms(box: np.ndarray, score: np.ndarray, *, threshold: float) -> np.ndarray:
+    """Greedy suppression of what is not maximal: which boxes are kept, int [K], by falling score.
+
+    The best box that is left is kept, and those whose `iou` with it exceeds the threshold go, until none is left. It is
+    torchvision.ops.nms.
+
+    Args:
+      box: [N, 4]. score: [N]. threshold: on `iou`.
+
+    Raises:
+      ValueError: shapes that do not fit, or a score that is NaN.
+    """
+    box, score = np.asarray(box, float), np.asarray(score, float)
+    if score.ndim != 1 or box.shape != (len(score), 4) or np.isnan(score).any():
+        raise ValueError(f"box has shape {box.shape}, score {score.shape}, expected [N, 4] and numbers [N]")
+    left, kept = np.argsort(-score, kind="stable"), []
+    while len(left):
+        kept.append(left[0])
+        left = left[1:][iou(box[left[:1]], box[left[1:]])[0] <= threshold]
+    return np.array(kept, int)
+
+
 def average_precision(hits: np.ndarray, positives: int, *, points: int | None = None) -> float:
     """Precision averaged over recall.
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxrl.detection import Detections, Truths, average_precision, coco_metrics, coco_tables, iou, voc_metrics
+from jaxrl.detection import Detections, Truths, average_precision, coco_metrics, coco_tables, iou, nms, voc_metrics
 
 GOLDEN = Path(__file__).parent / "golden" / "detection.npz"
 HITS = np.array([1, 0, 1, 1, 0, 1, 0, 0, 1, 0], bool)
@@ -46,6 +46,22 @@ def test_iou_of_boxes_crowds_and_pixels():
     np.testing.assert_allclose(iou(box, other), [[8 / 24, 1], [0, 0], [0, 0]])
     np.testing.assert_allclose(iou(box, other, crowd=np.array([True, False])), [[0.5, 1], [0, 0], [0, 0]])
     np.testing.assert_allclose(iou(box, other, border=1.0)[0], [15 / 35, 1])
+
+
+@pytest.mark.parametrize("threshold", [0.25, 0.5, 0.7])
+def test_suppression_equals_torchvision(stored, threshold):
+    _, _, arrays = stored
+    kept = nms(arrays["nms/box"], arrays["nms/score"], threshold=threshold)
+    np.testing.assert_array_equal(kept, arrays[f"nms/kept_{threshold}"])
+    assert 10 < len(kept) < len(arrays["nms/box"])
+
+
+def test_edges_of_suppression():
+    assert nms(np.zeros((0, 4)), np.zeros(0), threshold=0.5).shape == (0,)
+    with pytest.raises(ValueError, match=r"box has shape \(4,\)"):
+        nms(np.zeros(4), np.zeros(1), threshold=0.5)
+    with pytest.raises(ValueError, match="expected .* numbers"):
+        nms(np.zeros((1, 4)), np.array([np.nan]), threshold=0.5)
 
 
 def test_coco_equals_pycocotools(stored):

@@ -1,20 +1,25 @@
 """Write the golden values of tests/test_detection.py: random detections and COCO's figures for them.
 
-Run it in an environment of its own with pycocotools (it is not a dependency of this project):
+Run it in an environment of its own with pycocotools and torchvision (they are no dependencies of this project):
 
     python tests/golden/make_detection.py
 
-made with pycocotools 2.0.11. detection.npz holds detections/FIELD and truths/FIELD as `jaxrl.detection` takes them,
+made with pycocotools 2.0.11 and torchvision 0.28.0. detection.npz holds
+  detections/FIELD, truths/FIELD   as `jaxrl.detection` takes them
   precision, recall   [10 thresholds, categories, 4 areas, 3 limits], precision averaged over recall, -1: no object
   stats               the twelve figures
 Coordinates are quarters, so that widths, areas and IoU are exact; scores have one digit, so that many are equal. There
 are crowds, areas of their own, images without objects, without detections, with more than 100, categories without
 objects and without detections, detections on top of each other, and overlaps of exactly a threshold.
+  nms/box, nms/score, nms/kept_T   boxes and scores, copies and boxes without an area among them, and what
+                                   torchvision.ops.nms keeps at threshold T
 """
 
 from pathlib import Path
 
 import numpy as np
+import torch
+import torchvision
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -26,6 +31,20 @@ def boxes(draw, n):
     corner = draw.integers(0, 400, (n, 2)) / 4
     sides = np.round(4 * np.exp(draw.uniform(np.log(4), np.log(200), (n, 2)))) / 4
     return np.concatenate([corner, corner + sides], axis=1)
+
+
+def suppressed():
+    """Boxes, scores and what torchvision keeps of them."""
+    draw = np.random.default_rng(1)
+    box = boxes(draw, 120)
+    half = box[:10].copy()  # IoU exactly 0.5
+    half[:, 2] = (half[:, 0] + half[:, 2]) / 2
+    flat = box[10:20].copy()
+    flat[:, 3] = flat[:, 1]
+    box = np.concatenate([box, half, flat, flat[:5], box[20:30]])
+    score = draw.integers(0, 20, len(box)) / 20
+    ask = lambda threshold: torchvision.ops.nms(torch.tensor(box), torch.tensor(score), threshold).numpy()
+    return {"nms/box": box, "nms/score": score} | {f"nms/kept_{x}": ask(x) for x in (0.25, 0.5, 0.7)}
 
 
 def main():
@@ -85,7 +104,7 @@ def main():
     evaluation.accumulate()
     evaluation.summarize()
     arrays = {f"detections/{k}": v for k, v in detections.items()} | {f"truths/{k}": v for k, v in truths.items()}
-    arrays |= {"precision": evaluation.eval["precision"].mean(1), "recall": evaluation.eval["recall"]}
+    arrays |= suppressed() | {"precision": evaluation.eval["precision"].mean(1), "recall": evaluation.eval["recall"]}
     path = Path(__file__).parent / "detection.npz"
     np.savez_compressed(path, **arrays, stats=evaluation.stats)
     print(path.name, path.stat().st_size, evaluation.stats)
