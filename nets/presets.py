@@ -3,10 +3,12 @@
 Every function takes `changes`, fields of TransformerConfig to set otherwise: `qwen3_0_6b(dtype="bfloat16")`.
 """
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from itertools import groupby
 from typing import Any
 
-from jaxrl.kernels.attention import Chunked, Fixed
+from jaxrl.kernels.attention import Chunked, Fixed, Pattern
 from jaxrl.nets.config import TransformerConfig
 from jaxrl.nets.latent_attention import LatentConfig
 from jaxrl.nets.linear_attention import LinearConfig
@@ -40,35 +42,64 @@ def shrunk(
 ) -> TransformerConfig:
     """The choices of a published network at a size of your own: for tests, notebooks and first steps.
 
-    At most 8 experts of a quarter of `ffn`, two of which a token meets, and half of the width as latent; key heads,
-    window and sections keep their share; layers of several kinds are cut to two periods.
+    At most 8 experts of a quarter of `ffn`, two of which a token meets, of one in two groups where groups are limited,
+    and half of the width as latent; key heads, window and sections keep their share; a pattern's lengths are at most
+    an eighth of `max_length`; layers of several kinds keep their order (`cut`).
     """
     c, head = config, width // heads
     sizes = {"vocab_size": vocab_size, "width": width, "layers": layers, "heads": heads, "ffn": ffn, "head_dim": None}
-    fields: dict[str, Any] = {**sizes, "max_length": max_length, "kv_heads": max(heads * c.kv_heads // c.heads, 1)}
+    new: dict[str, Any] = {**sizes, "max_length": max_length, "kv_heads": max(heads * c.kv_heads // c.heads, 1)}
     if c.experts:
-        own, most = max(ffn // 4, 1), {"experts": 8, "top_k": 2, "first_dense": 1, "groups": 2, "top_groups": 2}
+        limited = c.experts.top_groups < c.experts.groups
+        own, most = max(ffn // 4, 1), {"experts": 8, "top_k": 2, "first_dense": 1, "groups": 2}
+        most["top_groups"] = 1 if limited else 2
         fewer: dict[str, Any] = {name: min(getattr(c.experts, name), limit) for name, limit in most.items()}
-        fields["experts"] = replace(c.experts, **fewer, ffn=own, shared=own * (c.experts.shared > 0), aux_choices=None)
+        new["experts"] = replace(c.experts, **fewer, ffn=own, shared=own * (c.experts.shared > 0), aux_choices=None)
     if c.latent:
         q_rank = None if c.latent.q_rank is None else width // 2
-        fields["latent"] = LatentConfig(width // 2, head, max(head // 4 * 2, 2), head, q_rank)
+        new["latent"] = LatentConfig(width // 2, head, max(head // 4 * 2, 2), head, q_rank)
     if c.rotary_dim:
-        fields["rotary_dim"] = max(head * c.rotary_dim // c.head_size // 2 * 2, 2)
+        new["rotary_dim"] = max(head * c.rotary_dim // c.head_size // 2 * 2, 2)
     if c.rope_sections:
         rest = (head // 2 - head // 8) // 2
-        fields["rope_sections"] = (head // 2 - 2 * rest, rest, rest)
+        new["rope_sections"] = (head // 2 - 2 * rest, rest, rest)
     if c.window:
-        fields["window"] = max(max_length // 8, 1)
-    if c.window_layers:
-        fields["window_layers"] = tuple(i for i in c.window_layers if i < layers) or (layers - 1,)
+        new["window"] = max(max_length // 8, 1)
+    if c.pattern:
+        new["pattern"] = _shorter(c.pattern, max(max_length // 8, 2))
     if c.linear:
-        fields["linear"] = replace(c.linear, random=min(c.linear.random, 2 * head), kv_heads=None)
-    if c.linear_layers:  # every other layer, the first of them
-        fields["linear_layers"] = tuple(range(0, layers, 2))
+        new["linear"] = replace(c.linear, random=min(c.linear.random, 2 * head), kv_heads=None)
+    chosen = {name: getattr(c, name) for name in ("window_layers", "linear_layers") if getattr(c, name)}
+    kinds = cut([tuple(i in some for some in chosen.values()) for i in range(c.layers)], layers)
+    for number, name in enumerate(chosen):
+        new[name] = tuple(i for i in range(layers) if kinds[i][number]) or (layers - 1,)
     if c.embed_width:
-        fields["embed_width"] = width // 2
-    return replace(c, **(fields | changes))
+        new["embed_width"] = width // 2
+    return replace(c, **(new | changes))
+
+
+def cut(kinds: Sequence[Any], layers: int) -> list[Any]:
+    """So many layers in the order of these kinds.
+
+    Where they come round, each run of a period becomes one layer; else a layer has the kind at its share of the depth.
+    """
+    n = len(kinds)
+    period = next(p for p in range(1, n + 1) if all(kinds[i] == kinds[i % p] for i in range(n)))
+    runs = [kind for kind, _ in groupby(kinds[:period])]
+    same_depth = [kinds[(2 * i + 1) * n // (2 * layers)] for i in range(layers)]
+    if period == n and set(same_depth) == set(kinds):
+        return same_depth
+    return [runs[i % len(runs)] for i in range(layers)]
+
+
+def _shorter(pattern: Pattern, longest: int) -> Pattern:
+    """A pattern with its lengths in tokens in proportion, the largest of them at most `longest`."""
+    named = ("n", "stride", "block", "summary", "near", "first")
+    lengths = {f.name: getattr(pattern, f.name) for f in fields(pattern) if f.name in named}
+    most = max(lengths.values())
+    if most <= longest:
+        return pattern
+    return replace(pattern, **{name: max(n * longest // most, min(n, 1)) for name, n in lengths.items()})
 
 
 def smollm2_135m(**changes) -> TransformerConfig:
