@@ -52,7 +52,8 @@ MAX_TOKENS = 256
 def load_pretrained(where: str | Path, *, tokenizer: str = "", **changes) -> Model:
     """Opens a published decoder: Llama, Mistral, Qwen, SmolLM2, GPT-2, Mixtral, Qwen-MoE, DeepSeek-V2, V3, MiniMax.
 
-    And LLaDA, which fills in masks: `mask_id` of its `Model` is what the functions of `jaxrl.diffusion` take.
+    And LLaDA, MDLM and BD3-LM, which fill in masks: `mask_id` and `block` of their `Model` are what the functions of
+    `jaxrl.diffusion` take. The folders of the last two come without a tokenizer: tokenizer= that of GPT-2.
 
     Args:
       where: a folder with config.json, *.safetensors, tokenizer.json and tokenizer_config.json; a .gguf file; or a
@@ -82,6 +83,7 @@ def load_pretrained(where: str | Path, *, tokenizer: str = "", **changes) -> Mod
         transformer, said = folders.described(path, _decoder, **changes)
         words, tensors = open_tokenizer(tokenizer or str(path)), weights.read_safetensors(path)
     _check_vocabulary(words, transformer, path)
+    masking = (None, None) if transformer.causal else named(path, lambda: weights.masking(said, words.vocab_size))
     params = named(path, lambda: weights.from_checkpoint(transformer, tensors))
     return Model(
         language_model(transformer),
@@ -93,7 +95,8 @@ def load_pretrained(where: str | Path, *, tokenizer: str = "", **changes) -> Mod
         example="",
         template=template_of(words),
         ends=turn_ends(words),
-        mask_id=None if transformer.causal else said.get("mask_token_id"),
+        mask_id=masking[0],
+        block=masking[1],
     )
 
 
@@ -231,7 +234,9 @@ def load_chameleon(where: str | Path, *, vqgan: str | Path | None = None, tokeni
 def save_pretrained(
     model: Model, folder: str | Path, *, dtype: str = "float32", shard_bytes: int = 5 * 10**9
 ) -> list[Path]:
-    """Writes a folder that transformers, vLLM and `load_pretrained` open; of LLaDA see `nets.weights.llada`.
+    """Writes a folder that transformers, vLLM and `load_pretrained` open.
+
+    Of LLaDA and BD3-LM see `to_hugging_face` of `nets.weights.llada` and `nets.weights.dit`.
 
     Args:
       model: of a run (`runs.load_model`) or a published one; one that fills in masks with its `mask_id`.
@@ -255,6 +260,7 @@ def save_pretrained(
     ids = {name: i for name, i in ids.items() if i is not None}
     tensors = weights.to_checkpoint(model.transformer, model.params)
     masks = {} if model.mask_id is None else {"mask_token_id": model.mask_id}
+    masks |= {} if model.block is None else {"cross_attn": True, "block_size": model.block}
     config = weights.to_hugging_face(model.transformer) | ids | masks
     files = weights.write_safetensors(folder, tensors, dtype=dtype, shard_bytes=shard_bytes)
     save_tokenizer(words, folder)

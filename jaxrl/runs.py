@@ -40,7 +40,7 @@ class Model(NamedTuple):
     `marker` is the text after which an answer stands (empty: the whole completion), `max_tokens` the completion width
     it was trained for, `example` a prompt of its task (empty: none known). `template` renders conversations (None: the
     model knows none), and `ends` are the ids besides EOS that end its turn. `mask_id` is the mask token of a network
-    that fills in masks, as LLaDA; None: it reads from left to right.
+    that fills in masks, as LLaDA; None: it reads from left to right. `block`: tokens of a block of block diffusion.
     """
 
     language_model: LanguageModel
@@ -53,6 +53,7 @@ class Model(NamedTuple):
     template: Template | None = None
     ends: tuple[int, ...] = ()
     mask_id: int | None = None
+    block: int | None = None
 
 
 def check_new(folder: str | Path) -> None:

@@ -16,6 +16,7 @@ CHOICES = {
     "norm": ("rms", "layer"),
     "norm_place": ("pre", "post", "branch"),
     "activation": tuple(ACTIVATIONS),
+    "bias": (False, True, "ffn"),
     "qk_norm": (False, True, "heads"),
     "remat": ("none", "full", "dots"),
 }
@@ -68,10 +69,11 @@ class TransformerConfig:
     residual: float = 1.0  # factor on x in all these sums (DeepNorm's alpha)
     gated: bool = True  # feed-forward layers: act(x W_gate) * x W_up, or act(x W_up)
     activation: Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"] = "silu"
-    bias: bool = False  # beside every matrix of a layer
+    bias: bool | Literal["ffn"] = False  # beside every matrix of a layer; "ffn": of its feed-forward layer alone (DiT)
     qkv_bias: bool = False  # beside those of queries, keys and values (Qwen2)
     qk_norm: bool | Literal["heads"] = False  # RMSNorm of each head (Qwen3); "heads": LayerNorm, own scales (Chameleon)
     tie_embeddings: bool = False
+    unembed_bias: bool = False  # of the logits (DiT), see `language_model.with_one`
     embed_width: int | None = None  # of the embedding, which a matrix maps to D (ALBERT, ELECTRA); None: D
     embed_norm: bool = False  # a norm after the embeddings
     token_types: int = 0  # kinds of tokens with an embedding each (BERT's segments)

@@ -1,7 +1,7 @@
 """The contract between language models and everything that uses them: a few pure functions."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,16 +65,28 @@ def language_model(
         return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
     def apply(params, tokens, *, positions=None, mask=None, cache=None):
-        return model.apply({"params": params}, tokens, positions=positions, mask=mask, cache=cache)
+        out: Any = model.apply({"params": params}, tokens, positions=positions, mask=mask, cache=cache)
+        return with_one(config, out[0]), out[1]
 
     def unembedding(params):
         kernel = params["embed"]["embedding"].T if config.tie_embeddings else params["unembed"]["kernel"]
+        if config.unembed_bias:
+            kernel = jnp.concatenate([kernel, params["unembed_bias"][None].astype(kernel.dtype)])
         return kernel.astype(config.dtype)
 
     def empty(batch, length):
         return init_cache(config, batch, length)
 
     return LanguageModel(init, apply, unembedding, empty, log_probs)
+
+
+def with_one(config: TransformerConfig, hidden: jax.Array) -> jax.Array:
+    """Hidden states as they meet the unembedding: with `unembed_bias` [..., D + 1], the last number always 1.
+
+    Against it stands the bias of the logits, the last row of the unembedding [D + 1, V], so whatever works with the
+    two, such as `token_log_probs`, needs to know nothing of a bias.
+    """
+    return jnp.concatenate([hidden, jnp.ones_like(hidden[..., :1])], axis=-1) if config.unembed_bias else hidden
 
 
 def from_nnx(make: Callable, unembedding: Callable, init_cache: Callable) -> LanguageModel:

@@ -139,15 +139,16 @@ def multi_token_model(
 
     Raises:
       ValueError: depth below 1; embeddings that are more than a table (learned positions, token types, a norm or
-        another width), linear layers, or norms in another place than before each part.
+        another width), linear layers, a bias of the logits, or norms in another place than before each part.
     """
     plain = config.positions != "learned" and not (config.token_types or config.embed_norm or config.embed_width)
-    plain = plain and config.linear is None
+    plain = plain and config.linear is None and not config.unembed_bias
     if depth < 1 or not plain or config.norm_place != "pre" or not config.causal:
         raise ValueError(
             f"multi_token_model: depth {depth}, norm_place {config.norm_place!r}, causal {config.causal}, positions "
             f"{config.positions!r}: expected depth >= 1 and a causal decoder with norms before each part and no linear "
-            "layers, whose embedding is one table (no learned positions, token types, embed_norm or embed_width)"
+            "layers, whose embedding is one table (no learned positions, token types, embed_norm, embed_width or "
+            "unembed_bias)"
         )
     main = language_model(config, attend=attend, log_probs=log_probs, experts=experts)
     stacked = modules(config, depth, attend=attend, experts=experts)

@@ -234,6 +234,19 @@ def llada_8b(**changes) -> TransformerConfig:
     return replace(config, **changes)
 
 
+def bd3lm_small(**changes) -> TransformerConfig:
+    """BD3-LM small, and MDLM (Arriola et al. 2025, arXiv:2503.09573): 162,265,682 parameters.
+
+    All tokens see each other; blocks are a matter of masks. The mask token is 50257, the last row. The authors' class
+    has 169,627,218: of those that tell it the noise level `nets.weights.dit` makes scales and biases.
+    """
+    config = TransformerConfig(
+        vocab_size=50258, width=768, layers=12, heads=12, kv_heads=12, ffn=3072, max_length=1024, causal=False,
+        norm="layer", norm_eps=1e-5, gated=False, activation="gelu_tanh", bias="ffn", unembed_bias=True,
+    )  # fmt: skip
+    return replace(config, **changes)
+
+
 def mixtral_8x7b(**changes) -> TransformerConfig:
     """Mixtral 8x7B (Jiang et al. 2024, arXiv:2401.04088): 46,702,792,704 parameters."""
     config = TransformerConfig(

@@ -45,7 +45,7 @@ class Block(nn.Module):
         types: dict[str, Any] = {"dtype": c.dtype, "param_dtype": c.param_dtype}
         out_init = normal(0.02 / math.sqrt(2 * c.layers))
         options: dict[str, Any] = {"implementation": c.attention, "attend": self.attend, **types, "name": "attention"}
-        biases = (c.qkv_bias, c.bias)
+        biases = (c.qkv_bias, c.bias is True)
         shared = {"qk_norm": c.qk_norm, "norm_eps": c.norm_eps, "out_init": out_init, **options}
         if linear:
             assert c.linear is not None
@@ -57,7 +57,7 @@ class Block(nn.Module):
         else:
             mixer = LatentAttention(c.heads, c.latent, score_factor(c.rope_scaling), out_init, **options)
         if c.experts is None or self.kind.dense:
-            feed = FeedForward(c.ffn, out_init, c.gated, c.activation, c.bias, **types, name="ffn")
+            feed = FeedForward(c.ffn, out_init, c.gated, c.activation, bool(c.bias), **types, name="ffn")
         else:
             feed = MoE(c.experts, out_init, self.experts, **types, name="moe")
 
@@ -174,7 +174,7 @@ class Transformer(nn.Module):
       layers/ffn/{gate,up,down}/kernel [L, in, out], or layers/moe (`jaxrl.nets.moe.MoE`), with dense_layers/... for
       the first_dense layers, which are not in layers/...
       norm/scale [D], but with norm_place "post"
-      unembed/kernel [D, V], unless the embeddings are tied
+      unembed/kernel [D, V], unless the embeddings are tied; with its setting unembed_bias [V]
     Initialisation: normal(0.02); o and down normal(0.02 / sqrt(2 L)), as GPT-2; norms 1, biases 0.
     """
 
@@ -209,6 +209,8 @@ class Transformer(nn.Module):
         x, keys, values = carry
         if not c.tie_embeddings:
             Kernel((c.width, c.vocab_size), c.param_dtype, name="unembed")()
+        if c.unembed_bias:
+            self.param("unembed_bias", nn.initializers.zeros, (c.vocab_size,), jnp.dtype(c.param_dtype))
         if c.norm_place != "post":
             x = make_norm(c.norm, c.norm_eps, c.dtype, c.param_dtype, name="norm")(x)
         if cache is not None:

@@ -40,7 +40,7 @@ RULES: tuple[Rule, ...] = (
     (r"(masked|pooled|replaced_hidden)/kernel", ("embed", None)),
     (r"(pair|classes|replaced)/kernel", ("embed", None)),
     (r"(masked|pooled|replaced_hidden|pair|classes|replaced)/bias", (None,)),
-    (r"masked_bias", ("vocab",)),
+    (r"(masked|unembed)_bias", ("vocab",)),
     (r"head/kernel", (None,)),
     (r"success", (None,)),
     (r"ns_coeffs", (None,)),  # of Muon

@@ -53,7 +53,7 @@ def generator(model: runs.Model, sampling: Sampling, *, samples: int = 1) -> Cal
     """
     if not model.transformer.causal and model.mask_id is None:
         raise ValueError("the network sees tokens on both sides and names no mask token; expected one that writes text")
-    options = {"samples": samples, "mask_id": model.mask_id}
+    options = {"samples": samples, "mask_id": model.mask_id, "block": model.block}
     return task.make_generate(model.language_model, model.tokenizer, sampling, **options)
 
 

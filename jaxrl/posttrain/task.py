@@ -128,17 +128,27 @@ def stops(tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
 
 
 def make_generate(
-    model: LanguageModel, tokenizer: Tokenizer, sampling: Sampling, *, samples: int = 1, mask_id: int | None = None
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    sampling: Sampling,
+    *,
+    samples: int = 1,
+    mask_id: int | None = None,
+    block: int | None = None,
 ) -> Callable:
     """A compiled `(params, prompts, key) -> Rollout`; a chat model stops at the end of its turn.
 
-    With a `mask_id` completions are masks that are filled in, one token a pass, the most probable first.
+    With a `mask_id` completions are masks that are filled in, one token a pass, the most probable first; with `block`,
+    that of training, one block after the other, each seeing those before it.
     """
     ids: dict[str, Any] = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id, "samples": samples}
     if mask_id is not None:
         from jaxrl import diffusion  # which trains by what stands here
 
-        return jax.jit(partial(diffusion.generate, model, sampling=sampling, mask_id=mask_id, **ids))
+        sampler = diffusion.generate
+        if block is not None:
+            sampler = partial(diffusion.generate_in_blocks, unmasking=diffusion.Unmasking(block=block))
+        return jax.jit(partial(sampler, model, sampling=sampling, mask_id=mask_id, **ids))
 
     @jax.jit
     def generate(params, prompts: Prompts, key):

@@ -2,6 +2,7 @@
 
 from jaxrl.nets.weights.decoders import from_checkpoint as from_checkpoint
 from jaxrl.nets.weights.decoders import from_hugging_face as from_hugging_face
+from jaxrl.nets.weights.decoders import masking as masking
 from jaxrl.nets.weights.decoders import to_checkpoint as to_checkpoint
 from jaxrl.nets.weights.decoders import to_hugging_face as to_hugging_face
 from jaxrl.nets.weights.files import read_safetensors as read_safetensors

@@ -24,7 +24,7 @@ CLASSES = {
 }
 OF_ENCODERS = (
     *("causal", "positions", "rotary_dim", "rope_sections", "norm", "norm_place", "gated", "activation", "bias"),
-    *("embed_width", "embed_norm", "token_types", "share_layers"),
+    *("embed_width", "embed_norm", "token_types", "share_layers", "unembed_bias"),
     *("linear", "linear_layers", "rectified", "residual", "pattern"),
 )
 """Choices in which the decoders of `CLASSES` do not differ."""
@@ -43,7 +43,8 @@ def from_hugging_face(config: Mapping[str, Any], **changes) -> TransformerConfig
     """
     kind = config.get("model_type")
     if kind not in CLASSES:
-        raise ValueError(f"model_type is {kind!r}, expected one of {', '.join(CLASSES)}, gpt2, minimax, llada")
+        known = (*CLASSES, "gpt2", "minimax", "llada", "bd3lm", "mdlm")
+        raise ValueError(f"model_type is {kind!r}, expected one of {', '.join(known)}")
     quantised = config.get("quantization_config") or {}
     blocks = quantised.get("quant_method") == "fp8" and quantised.get("weight_block_size") == [128, 128]
     if quantised and not blocks:  # FP8 in blocks is turned into floats where it is read

@@ -1,4 +1,4 @@
-"""Checkpoints of decoders whatever their names: those of GPT-2, MiniMax and LLaDA are their own, others in `names`."""
+"""Checkpoints of decoders whatever their names: GPT-2, MiniMax, LLaDA, BD3-LM have their own, others are in `names`."""
 
 from collections.abc import Mapping
 from types import ModuleType
@@ -7,14 +7,24 @@ from typing import Any
 import numpy as np
 
 from jaxrl.nets.config import TransformerConfig
-from jaxrl.nets.weights import configs, gpt2, llada, minimax, names
+from jaxrl.nets.weights import configs, dit, gpt2, llada, minimax, names
 
-OWN = {"gpt2": gpt2, "minimax": minimax, "llada": llada}
+OWN = {"gpt2": gpt2, "minimax": minimax, "llada": llada, **dict.fromkeys(dit.KINDS, dit)}
 
 
 def from_hugging_face(config: Mapping[str, Any], **changes) -> TransformerConfig:
     """The network that a Hugging Face `config.json` describes; see `configs.from_hugging_face`."""
     return OWN.get(config.get("model_type", ""), configs).from_hugging_face(config, **changes)
+
+
+def masking(config: Mapping[str, Any], words: int) -> tuple[int | None, int | None]:
+    """(the mask token, tokens in a block) of a `config.json` of a network that fills in masks, None for what it lacks.
+
+    words: how many the tokenizer has; see `dit.masking`.
+    """
+    if config.get("model_type") in dit.KINDS:
+        return dit.masking(config, words)
+    return config.get("mask_token_id"), None
 
 
 def to_hugging_face(config: TransformerConfig) -> dict[str, Any]:
@@ -35,7 +45,7 @@ def to_checkpoint(config: TransformerConfig, params: Mapping[str, Any]) -> dict[
 def _own(config: TransformerConfig) -> ModuleType | None:
     """The module of an architecture with names of its own, None for all others."""
     if not config.causal:
-        return llada
+        return dit if config.unembed_bias else llada
     if config.positions == "learned":
         return gpt2
     return minimax if config.linear and config.linear.decay == "lightning" and config.experts else None
