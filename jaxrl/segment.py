@@ -4,6 +4,8 @@
     seen = embed(config, params, image)                                # once for an image
     found = segment(config, params, seen, points=..., labels=...)      # for every click
 
+All objects without any click: `jaxrl.segment_everything`.
+
 Training follows Kirillov et al. 2023, arXiv 2304.02643, appendix A: a point or a box first, then clicks where the last
 answer was wrong, with that answer fed back; `interact` plays it as one scan of the mask decoder. Masks and targets of
 training are [B, 4 h, 4 w], the resolution of the decoder's logits; points are (x, y) in pixels of the model's image.
@@ -54,6 +56,11 @@ class Embedded(NamedTuple):
     size: tuple[int, int]
     scaled: tuple[int, int]
 
+    @property
+    def ratio(self) -> np.ndarray:
+        """float32 [2]: what (x, y) in pixels of its own have to be multiplied by, to be pixels of the model's image."""
+        return np.array([self.scaled[1] / self.size[1], self.scaled[0] / self.size[0]], np.float32)
+
 
 class Segmentation(NamedTuple):
     """Answers to P prompts, M masks each (1 or the config's `masks`).
@@ -102,12 +109,13 @@ def _check_values(image):
         )
 
 
-def preprocess(config: SAMConfig, image: jax.Array) -> tuple[jax.Array, tuple[int, int]]:
+def preprocess(config: SAMConfig, image: jax.Array, *, check: bool = True) -> tuple[jax.Array, tuple[int, int]]:
     """An image as the network takes it: longer side resized to the config's, normalised, padded below and right.
 
     Args:
       config: of the network.
       image: [height, width, 3], 0 ... 255.
+      check: whether to look at the values: a dark part of an image of floats looks like one in 0 ... 1.
 
     Returns:
       ([image, image, 3] float32, the (height, width) that the picture fills).
@@ -126,7 +134,8 @@ def preprocess(config: SAMConfig, image: jax.Array) -> tuple[jax.Array, tuple[in
             f"image of {height} x {width} pixels is {scaled[0]} x {scaled[1]} at the size of the network, "
             f"{config.image}, expected a pixel or more: crop the longer side, or pad the shorter one"
         )
-    _check_values(image)
+    if check:
+        _check_values(image)
     x = jax.image.resize(jnp.asarray(image, jnp.float32), (*scaled, 3), "linear")
     x = (x - jnp.array(MEAN).reshape(1, 1, 3)) / jnp.array(DEVIATION).reshape(1, 1, 3)
     return jnp.pad(x, ((0, config.image - scaled[0]), (0, config.image - scaled[1]), (0, 0))), scaled
@@ -168,9 +177,9 @@ def _decode(config, params, embeddings, prompts) -> Any:
     return SAM(config).apply({"params": params}, embeddings, prompts, method="decode")
 
 
-def embed(config: SAMConfig, params: Any, image: jax.Array) -> Embedded:
+def embed(config: SAMConfig, params: Any, image: jax.Array, *, check: bool = True) -> Embedded:
     """Look at an image [height, width, 3] of any size, values 0 ... 255; see `preprocess`."""
-    x, scaled = preprocess(config, image)
+    x, scaled = preprocess(config, image, check=check)
     height, width, _ = jnp.shape(image)
     return Embedded(_encode(config, params, x[None]), (height, width), scaled)
 
@@ -282,11 +291,10 @@ def segment(
     """
     seen = image if isinstance(image, Embedded) else embed(config, params, image)
     _check_prompts(config, seen.size, points, labels, boxes, masks)
-    ratio = jnp.array([seen.scaled[1] / seen.size[1], seen.scaled[0] / seen.size[0]])
     if points is not None:
-        points = jnp.asarray(points, jnp.float32) * ratio.reshape(1, 1, 2)
+        points = jnp.asarray(points, jnp.float32) * seen.ratio.reshape(1, 1, 2)
     if boxes is not None:
-        boxes = jnp.asarray(boxes, jnp.float32) * jnp.tile(ratio, 2).reshape(1, 4)
+        boxes = jnp.asarray(boxes, jnp.float32) * np.tile(seen.ratio, 2).reshape(1, 4)
     if multimask is None:
         multimask = masks is None and _clicks(points, labels) + (boxes is not None) == 1
     given = prompt(*_roomy(points, labels), boxes, masks)
