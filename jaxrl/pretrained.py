@@ -150,8 +150,9 @@ def load_vision(where: str | Path, **changes) -> Vision:
 class VisionLanguage(NamedTuple):
     """A published decoder that reads pictures; `nets.vision_language.with_images` makes a language model of it.
 
-    preparation: of pictures, which keep sizes of their own (`nets.vision.packed.smart_resize`); None where the folder
-    does not say. image_token: what stands in prompts where features go.
+    preparation: of pictures, which keep shapes of their own (`nets.vision.prepare.prepare_native`); None where the
+    folder does not say. image_token: what stands in prompts where features go. placeholder: the text around it that
+    stands for a picture in a message. `jaxrl.reading.read` makes tokens of messages and pictures.
     """
 
     config: VisionLanguageConfig
@@ -159,6 +160,7 @@ class VisionLanguage(NamedTuple):
     tokenizer: Tokenizer
     preparation: Preparation | None
     image_token: int
+    placeholder: str
 
 
 def load_vision_language(where: str | Path, *, tokenizer: str = "", **changes) -> VisionLanguage:
@@ -180,14 +182,17 @@ def load_vision_language(where: str | Path, *, tokenizer: str = "", **changes) -
     if token is None:
         raise ValueError(f"{folder / 'config.json'} has neither image_token_id nor media_placeholder_token_id")
     params = folders.parameters(folder, partial(vision_language.from_checkpoint, config))
-    return VisionLanguage(config, params, words, folders.preparation(folder), token)
+    kind = said["model_type"]
+    how = folders.preparation(folder, partial(vision_language.preparation, config, kind))
+    return VisionLanguage(config, params, words, how, token, vision_language.PLACEHOLDERS[kind])
 
 
 class Chameleon(NamedTuple):
     """A published Chameleon: a decoder of text and pictures, and the tokeniser of pictures.
 
     vq: what turns pictures [B, H, W, 3] in [-1, 1] into codes, and back where vq_params have a decoder. pictures: how
-    codes stand among the tokens.
+    codes stand among the tokens. preparation: of pictures, None where the folder does not say.
+    `jaxrl.reading.read_chameleon` makes tokens of texts and pictures.
     """
 
     language_model: LanguageModel
@@ -197,6 +202,7 @@ class Chameleon(NamedTuple):
     vq: VQ
     vq_params: Any
     pictures: Pictures
+    preparation: Preparation | None
 
 
 def load_chameleon(where: str | Path, *, vqgan: str | Path | None = None, tokenizer: str = "", **changes) -> Chameleon:
@@ -228,7 +234,8 @@ def load_chameleon(where: str | Path, *, vqgan: str | Path | None = None, tokeni
         whole = partial(chameleon.vq_from_checkpoint, vq)
         params["vq"] = folders.parameters(Path(vqgan), whole, ignored=chameleon.COUNTERS)
     model = language_model(transformer)
-    return Chameleon(model, params["text"], words, transformer, VQ(vq), params["vq"], pictures)
+    how = folders.preparation(folder, chameleon.preparation)
+    return Chameleon(model, params["text"], words, transformer, VQ(vq), params["vq"], pictures, how)
 
 
 def save_pretrained(

@@ -12,6 +12,7 @@ import numpy as np
 from jaxrl.nets.chameleon import Pictures
 from jaxrl.nets.chameleon import pictures as pictured
 from jaxrl.nets.config import TransformerConfig
+from jaxrl.nets.vision import prepare
 from jaxrl.nets.vision.vq import VQ, VQConfig
 from jaxrl.nets.weights import configs, maps, names
 from jaxrl.nets.weights.maps import Place
@@ -22,6 +23,8 @@ COUNTERS = ("num_batches_tracked",)
 """Integers in what taming-transformers trained the tokeniser with, beside its weights."""
 BEGIN, END = "<racm3:break>", "<eoss>"
 """The tokens around a picture, by their names in the published vocabulary."""
+PLACEHOLDER = "<image>"
+"""What stands in a text where a picture goes."""
 
 
 def from_hugging_face(config: Mapping[str, Any], **changes) -> tuple[TransformerConfig, VQConfig]:
@@ -58,6 +61,23 @@ def picture_tokens(config: Mapping[str, Any], vq: VQConfig) -> Pictures:
     if missing := [mark for mark in (BEGIN, END) if mark not in vocabulary]:
         raise ValueError(f"vocabulary_map has no {' and no '.join(missing)}, which stand around a picture")
     return pictured(vocabulary, vq, begin=vocabulary[BEGIN], end=vocabulary[END])
+
+
+def preparation(said: Mapping[str, Any]) -> prepare.Preparation:
+    """What a `preprocessor_config.json` says; what it leaves out is as in the published processor.
+
+    Raises:
+      ValueError: pictures that are not resized and cropped to one square.
+    """
+    colours = {"image_mean": (1.0,) * 3, "image_std": (1.0,) * 3, "resample": 1}
+    own = ("size", "do_center_crop", "rescale_factor")
+    found = prepare.from_hugging_face({**colours, **{k: v for k, v in said.items() if k not in own}})
+    edge, crop = said.get("size", {"shortest_edge": 512}), said.get("crop_size", {"height": 512, "width": 512})
+    side = edge.get("shortest_edge") if isinstance(edge, Mapping) else edge
+    sides = [crop.get("height"), crop.get("width")] if isinstance(crop, Mapping) else [crop] * 2
+    if sides != [side, side] or not (said.get("do_resize", True) and said.get("do_center_crop", True)):
+        raise ValueError(f"size is {edge} and crop_size {crop}, expected pictures resized and cropped to one square")
+    return found._replace(size=(side, side), crop=True, scale=said.get("rescale_factor", 0.0078))
 
 
 def taming_names(config: VQConfig) -> dict[str, Place]:

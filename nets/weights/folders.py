@@ -61,10 +61,12 @@ def parameters(
     return to_device(named(where, lambda: from_checkpoint(tensors)))
 
 
-def preparation(folder: Path) -> prepare.Preparation | None:
-    """How its preprocessor_config.json prepares pictures; None without the file."""
+def preparation(
+    folder: Path, read: Callable[[Mapping[str, Any]], prepare.Preparation] = prepare.from_hugging_face
+) -> prepare.Preparation | None:
+    """How its preprocessor_config.json, which `read` understands, prepares pictures; None without the file."""
     file = folder / "preprocessor_config.json"
-    return named(file, lambda: prepare.from_hugging_face(read_json(file))) if file.is_file() else None
+    return named(file, lambda: read(read_json(file))) if file.is_file() else None
 
 
 def read_json(file: Path) -> dict[str, Any]:

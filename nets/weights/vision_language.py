@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxrl.nets.vision import prepare
 from jaxrl.nets.vision.packed import PackedViT, PackedViTConfig, Patches
 from jaxrl.nets.vision_language import VisionLanguageConfig
 from jaxrl.nets.weights import configs, maps
@@ -23,6 +24,17 @@ RENAMED = {  # what Kimi-K2.5 has, or transformers 5.24 writes for it, -> Kimi-V
     "vision_tower.encoder.patch_embed.": "vision_tower.patch_embed.",
 }
 FUSED = ".wqkv."  # Kimi's queries and keys, whose rotary pairs are neighbours
+QWEN = "<|vision_start|><|image_pad|><|vision_end|>"
+PLACEHOLDERS = {  # what a chat template writes for a picture, by model type
+    "qwen2_vl": QWEN,
+    "qwen2_5_vl": QWEN,
+    "kimi_vl": "<|media_start|>image<|media_content|><|media_pad|><|media_end|>",
+    "kimi_k25": "<|media_begin|>image<|media_content|><|media_pad|><|media_end|>",
+}
+CLIP = {
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
 
 
 def is_kimi(config: VisionLanguageConfig) -> bool:
@@ -196,6 +208,39 @@ def from_hugging_face(config: Mapping[str, Any], **changes) -> VisionLanguageCon
     second = kind == "qwen2_vl"
     pace = None if second else v.get("tokens_per_second", 4)
     return VisionLanguageConfig(decoder, _published_qwen(v, decoder.width, second=second), pace)
+
+
+def preparation(config: VisionLanguageConfig, kind: str, said: Mapping[str, Any]) -> prepare.Preparation:
+    """What a `preprocessor_config.json` says; what it leaves out is as in the published processors.
+
+    Args:
+      config: of the networks.
+      kind: model type of the config.json.
+      said: the parsed file. Kimi-K2.5's does not say how large pictures become.
+
+    Raises:
+      ValueError: patches that are not the network's, or what `prepare.from_hugging_face` refuses.
+    """
+    v, size = config.vision, said.get("size")
+    own = {
+        "patch_size": v.patch,
+        "merge_size": v.merge,
+        "merge_kernel_size": [v.merge] * 2,
+        "temporal_patch_size": v.frames,
+    }
+    if wrong := [f"{name} is {said[name]}, but the network's {x}" for name, x in own.items() if said.get(name, x) != x]:
+        raise ValueError("; ".join(wrong))
+    found = prepare.from_hugging_face({"resample": 3, **CLIP, **said, "size": None})
+    if not said.get("do_resize", True):
+        return found
+    if kind == "kimi_vl":
+        return found._replace(patches=said.get("in_token_limit", 4096), pad=said.get("pad_input", False))
+    if kind == "kimi_k25":
+        return found
+    edges = size if isinstance(size, Mapping) else {}
+    limit = lambda name, edge, default: said.get(name) or edges.get(edge) or edges.get(name) or default
+    fewest = limit("min_pixels", "shortest_edge", 56 * 56)
+    return found._replace(area=(fewest, limit("max_pixels", "longest_edge", 28 * 28 * 1280)))
 
 
 def _published_qwen(v: Mapping[str, Any], out: int, *, second: bool) -> PackedViTConfig:

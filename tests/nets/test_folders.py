@@ -132,7 +132,9 @@ def test_a_folder_of_a_vision_language_network(tmp_path):
     opened = load_vision_language(write_folder(tmp_path, config, tensors))
     want = vision_language.from_hugging_face(config)
     assert opened.config == want and opened.image_token == config["image_token_id"]
-    assert opened.preparation == prepare.Preparation(None, (0.5,) * 3, (0.25,) * 3, "cubic")
+    area = (3136, 28 * 28 * 1280)
+    assert opened.preparation == prepare.Preparation(None, (0.5,) * 3, (0.25,) * 3, "cubic", area=area)
+    assert opened.placeholder == "<|vision_start|><|image_pad|><|vision_end|>"
     jax.tree.map(np.testing.assert_array_equal, opened.params, vision_language.from_checkpoint(want, tensors))
 
 

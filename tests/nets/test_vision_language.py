@@ -27,11 +27,9 @@ from jaxrl.posttrain import grpo, preference, sft
 from jaxrl.posttrain.rollout import Sampling, rollout
 from jaxrl.posttrain.score import log_probs_of
 from jaxrl.types import Pairs, Prompts, TokenBatch
-from tests.nets.vision_cases import close, golden, gradients_close, random_params
+from tests.nets.vision_cases import close, golden, gradients_close, quick, random_params
 
 TINY = SIZES["tiny"]
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile
-quick = functools.partial(jax.jit, compiler_options=QUICK)
 IMAGE = 38  # the placeholder of the golden files
 GIVEN = {"qwen2_vl": ("images", "video"), "qwen25_vl": ("large", "timed"), "kimi_vl": ("images",)}
 CASES = [(file, name) for file, names in GIVEN.items() for name in names]

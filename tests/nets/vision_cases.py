@@ -1,5 +1,6 @@
 """What the tests of vision networks share: golden files, and the comparison with torch."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -9,6 +10,8 @@ import numpy as np
 from jaxrl.nets.weights.maps import from_checkpoint, nested, shapes, to_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile
+quick = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def golden(file):
