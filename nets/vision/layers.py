@@ -136,11 +136,23 @@ def _cubic(old: int, new: int) -> np.ndarray:
     return weights
 
 
+def colours_remedy(shape: tuple[int, ...], channels: int, rank: int) -> str:
+    """The end of a message about images [..., H, W, channels] of this rank: what would help a grey or an RGBA one."""
+    if len(shape) == rank - 1 and shape[-1] != channels:
+        return f"; repeat the grey: np.repeat(image[..., None], {channels}, axis=-1)"
+    if len(shape) == rank and shape[-1] == 1:
+        return f"; repeat the grey: np.repeat(image, {channels}, axis=-1)"
+    if len(shape) == rank and shape[-1] == channels + 1:
+        return f"; leave out the transparency, image[..., :{channels}], or lay the image on a ground"
+    return ""
+
+
 def check_images(images: jax.Array, channels: int) -> None:
-    """Raise ValueError unless images are [B, H, W, channels] floats."""
-    if images.ndim != 4 or images.shape[-1] != channels:
+    """Raise ValueError unless images are [B, H, W, channels] floats, none of them 0."""
+    if images.ndim != 4 or images.shape[-1] != channels or 0 in images.shape:
         raise ValueError(
-            f"images have shape {images.shape}, expected [B, H, W, {channels}]: channels last, one image is image[None]"
+            f"images have shape {images.shape}, expected [B, H, W, {channels}], at least one: channels last, one image "
+            f"is image[None]{colours_remedy(images.shape, channels, 4)}"
         )
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"images have dtype {images.dtype}, expected floats: scale and normalise bytes first")

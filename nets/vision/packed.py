@@ -20,7 +20,7 @@ from jaxrl.nets.config import TransformerConfig
 from jaxrl.nets.layers import Linear, make_norm, normal
 from jaxrl.nets.rope import frequencies
 from jaxrl.nets.transformer import Block
-from jaxrl.nets.vision.layers import cubic_weight
+from jaxrl.nets.vision.layers import colours_remedy, cubic_weight
 
 MOST_WINDOWS = 256  # along an axis of an image
 
@@ -109,6 +109,8 @@ def smart_resize(
       factor: `PackedViTConfig.side`.
       min_pixels, max_pixels: between which the area comes to lie.
     """
+    if min(height, width) < 1:
+        raise ValueError(f"an image of {height} x {width} has no pixels; expected a height and a width of at least 1")
     if max(height, width) > 200 * min(height, width):
         raise ValueError(f"an image of {height} x {width} is too long: expected at most 200 times as long as wide")
     new = [round(x / factor) * factor for x in (height, width)]
@@ -134,16 +136,23 @@ def patchify(config: PackedViTConfig, image: jax.Array) -> tuple[jax.Array, np.n
     Raises:
       ValueError: another shape, type or size.
     """
+    if not hasattr(image, "ndim"):
+        raise ValueError(
+            f"an image is a {type(image).__name__}, expected an array [H, W, C]; a row is one flat list of them"
+        )
     x = image[None] if image.ndim == 3 else image
     if x.ndim != 4 or x.shape[-1] != config.channels or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"the image is {x.dtype}{image.shape}, expected floats [H, W, {config.channels}], or [T, ...]")
+        raise ValueError(
+            f"the image is {x.dtype}{image.shape}, expected floats [H, W, {config.channels}], or [T, ...]"
+            f"{colours_remedy(image.shape, config.channels, 3)}"
+        )
     x = jnp.repeat(x, config.frames, axis=0) if len(x) == 1 else x
     t, p, m = config.frames, config.patch, config.merge
     frames, height, width, c = x.shape
-    if frames % t or height % config.side or width % config.side:
+    if 0 in x.shape or frames % t or height % config.side or width % config.side:
         raise ValueError(
             f"the image is {frames} x {height} x {width}, expected a multiple of {t} frames, and of patch x merge = "
-            f"{config.side} pixels in height and width: resize it (`smart_resize` says to what) or pad it"
+            f"{config.side} pixels in height and width, above 0: resize it (`smart_resize` says to what) or pad it"
         )
     x = x.reshape(frames // t, t, height // (p * m), m, p, width // (p * m), m, p, c)
     values = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, c * t * p * p)
@@ -169,6 +178,8 @@ def pack(
       seconds: of each image, how much time `config.frames` of its frames cover, config.frames / (frames a second);
         None: 1 each. Of a single image it does not matter.
     """
+    if not len(images):
+        raise ValueError("no images to pack, expected at least one; a row without them is any other with `images` of 0")
     each = [patchify(config, image) for image in images]
     total = sum(len(places) for _, places in each)
     length = total if length is None else length

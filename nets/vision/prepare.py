@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxrl.nets.vision.layers import colours_remedy
 from jaxrl.nets.vision.packed import PackedViTConfig, smart_resize
 
 METHODS = {1: "lanczos3", 2: "linear", 3: "cubic"}
@@ -129,13 +130,9 @@ def checked(how: Preparation, picture: jax.Array) -> jax.Array:
     """
     shape, colours = jnp.shape(picture), len(how.mean)
     if len(shape) != 3 or shape[2] != colours or 0 in shape:
-        remedy = ""
-        if len(shape) == 2:
-            remedy = f": repeat the grey, np.repeat(picture[..., None], {colours}, axis=2)"
-        elif len(shape) == 3 and shape[2] == colours + 1:
-            remedy = f": leave out the transparency, picture[..., :{colours}], or lay it on a ground"
         raise ValueError(
-            f"the picture has shape {shape}, expected [height, width, {colours}], values 0 ... 255{remedy}"
+            f"the picture has shape {shape}, expected [height, width, {colours}], values 0 ... 255"
+            f"{colours_remedy(shape, colours, 3)}"
         )
     return jnp.asarray(picture, jnp.float32)
 

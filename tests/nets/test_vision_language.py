@@ -460,6 +460,19 @@ def test_bad_inputs_are_refused():
         patchify(config, jnp.zeros((16, 12, 3)))
     with pytest.raises(ValueError, match="expected floats"):
         patchify(config, jnp.zeros((16, 16, 3), jnp.uint8))
+    for images, message in (
+        ([], "no images to pack"),
+        ([jnp.zeros((0, 8, 3))], "is 1 x 0 x 8, expected"),
+        ([[jnp.zeros((8, 8, 3))]], "an image is a list, expected an array"),
+        ([jnp.zeros((8, 8))], r"repeat the grey: np.repeat\(image\[..., None\], 3"),
+        ([jnp.zeros((8, 8, 1))], r"repeat the grey: np.repeat\(image, 3"),
+        ([jnp.zeros((8, 8, 4))], r"leave out the transparency, image\[..., :3\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pack(config, images)  # pyright: ignore[reportArgumentType]
+    for sides in ((0, 5), (0, 0), (5, 0)):
+        with pytest.raises(ValueError, match="has no pixels"):
+            smart_resize(*sides)
     with pytest.raises(ValueError, match="length is 8, expected a multiple of merge.2 = 4, at least the 16 patches"):
         pack(config, [jnp.zeros((16, 16, 3))], 8)
     with pytest.raises(ValueError, match=r"expected \[B, N, 48\]"):

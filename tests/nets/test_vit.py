@@ -249,6 +249,9 @@ def test_bad_configs_are_refused(options, message):
     [
         (jnp.zeros((16, 16, 3)), r"expected \[B, H, W, 3\]"),
         (jnp.zeros((1, 3, 16, 16)), "channels last"),
+        (jnp.zeros((0, 16, 16, 3)), "at least one"),
+        (jnp.zeros((1, 16, 16, 1)), "repeat the grey"),
+        (jnp.zeros((1, 16, 16, 4)), "leave out the transparency"),
         (jnp.zeros((1, 16, 16, 3), jnp.uint8), "scale and normalise bytes"),
         (jnp.zeros((1, 24, 16, 3)), "resize them"),
     ],
