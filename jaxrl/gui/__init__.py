@@ -6,6 +6,7 @@ the good ones. `window`: a small world to try it in.
 """
 
 from jaxrl.gui.actions import BOX as BOX
+from jaxrl.gui.actions import PLAIN as PLAIN
 from jaxrl.gui.actions import POINT as POINT
 from jaxrl.gui.actions import Point as Point
 from jaxrl.gui.actions import Step as Step

@@ -9,8 +9,11 @@ completion cannot mean two things. Nothing is evaluated: a reader walks over the
 
 import dataclasses
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
+
+from jaxrl.data.tokenizer import Tokenizer
 
 Direction = Literal["up", "down", "left", "right"]
 
@@ -158,17 +161,26 @@ Action = (
 )  # fmt: skip
 
 
+Heading = Literal["Thought", "Reflection", "Action_Summary"]
+
+
 class Step(NamedTuple):
-    """What the model writes in a turn. A thought of None has no line of its own, one of "" an empty line."""
+    """What the model writes in a turn. A thought of None has no line of its own, one of "" an empty line.
+
+    heading: what the thought stands under. The published parser knows two besides Thought: Reflection, whose text goes
+    on with a line `Action_Summary: ...`, and Action_Summary alone. Both stay as they are written, in `thought`.
+    """
 
     thought: str | None
     action: Action
+    heading: Heading = "Thought"
 
 
 class Form(NamedTuple):
     """How places are written: `at`, `start`, `end` are names of arguments, `before x between y after` their text.
 
-    `largest`: the greatest coordinate there is, or None.
+    `largest`: the greatest coordinate there is, or None. `marks`: the parts of this text that published tokenizers have
+    as special tokens, which decoding would drop; see `decode`.
     """
 
     at: str
@@ -178,15 +190,22 @@ class Form(NamedTuple):
     between: str
     after: str
     largest: int | None
+    marks: tuple[str, ...] = ()
 
 
-BOX = Form("start_box", "start_box", "end_box", "<|box_start|>(", ",", ")<|box_end|>", 1000)
+_BOX = ("<|box_start|>", "<|box_end|>")
+BOX = Form("start_box", "start_box", "end_box", f"{_BOX[0]}(", ",", f"){_BOX[1]}", 1000, _BOX)
 """UI-TARS: thousandths of the screen's width and height."""
 
+PLAIN = BOX._replace(before="(", after=")", marks=())
+"""What is left of `BOX` in a text decoded without special tokens, as servers return it; it is the published parser's
+own form. Where places are pixels (UI-TARS-1.5): `PLAIN._replace(largest=None)`."""
+
 POINT = Form("point", "start_point", "end_point", "<point>", " ", "</point>", None)
-"""UI-TARS-1.5: pixels of the resized screenshot."""
+"""UI-TARS-1.5's prompts: pixels of the resized screenshot."""
 
 THOUGHT, ACTION = "Thought: ", "Action: "
+_HEADINGS = typing.get_args(Heading)
 _ESCAPES = {"\\": "\\\\", "'": "\\'", '"': '\\"', "\n": "\\n"}
 _DIRECTIONS = typing.get_args(Direction)
 _DIGITS, _PLACES = "0123456789", ("at", "start", "end")
@@ -199,10 +218,12 @@ def format(step: Step | Action, form: Form = BOX) -> str:
     stands for itself.
 
     Raises:
-      ValueError: a coordinate outside the form's, or a direction that is none.
+      ValueError: a coordinate outside the form's, or a direction or heading that is none.
     """
     if isinstance(step, Step):
-        thought = "" if step.thought is None else f"{THOUGHT}{step.thought}\n"
+        if step.heading not in _HEADINGS:
+            raise ValueError(f"heading is {step.heading!r}; expected one of {', '.join(_HEADINGS)}")
+        thought = "" if step.thought is None else f"{step.heading}: {step.thought}\n"
         return thought + ACTION + format(step.action, form)
     arguments = ", ".join(f"{name}='{_written(field, value, form)}'" for name, field, value in _filled(step, form))
     return f"{NAMES[type(step)]}({arguments})"
@@ -214,7 +235,7 @@ def parse(text: str, form: Form = BOX, *, actions: dict[str, type] = ACTIONS) ->
     A thought may have several lines, even lines that look like actions: the last line alone is the action.
 
     Args:
-      text: `Thought: ...`, a newline and `Action: ...`; or the line of the action alone.
+      text: `Thought: ...` (or another heading), a newline and `Action: ...`; or the line of the action alone.
       form: of its places.
       actions: those that are known, by name.
 
@@ -222,17 +243,18 @@ def parse(text: str, form: Form = BOX, *, actions: dict[str, type] = ACTIONS) ->
       ValueError: anything else, with the place and what was expected there.
     """
     thought, place = None, 0
-    if text.startswith(THOUGHT):
+    heading: Heading = next((name for name in _HEADINGS if text.startswith(f"{name}: ")), "Thought")
+    if text.startswith(f"{heading}: "):
         place = text.rfind(f"\n{ACTION}") + 1
         if not place:
             raise _error(text, len(text), f"a line that begins with {ACTION!r}")
-        thought = text[len(THOUGHT) : place - 1]
+        thought = text[len(heading) + 2 : place - 1]
     elif not text.startswith(ACTION):
         raise _error(text, 0, f"{THOUGHT!r} or {ACTION!r}")
     action, place = _call(text, place + len(ACTION), form, actions)
     if place < len(text):
         raise _error(text, place, "the end of the text")
-    return Step(thought, action)
+    return Step(thought, action, heading)
 
 
 def parse_action(text: str, form: Form = BOX, *, actions: dict[str, type] = ACTIONS) -> Action:
@@ -241,6 +263,19 @@ def parse_action(text: str, form: Form = BOX, *, actions: dict[str, type] = ACTI
     if place < len(text):
         raise _error(text, place, "the end of the text")
     return action
+
+
+def decode(tokenizer: Tokenizer, ids: Sequence[int], form: Form = BOX) -> str:
+    """The text of what a model wrote, with the marks of the form, special or not, and without other special tokens.
+
+    So the text can be parsed, and tokenised again as part of a later prompt it gives what was drawn.
+    """
+    marks = {i: mark for mark in form.marks if (i := tokenizer.token_id(mark)) is not None}
+    text, start = "", 0
+    for end in [*(place for place, i in enumerate(ids) if i in marks), len(ids)]:
+        text += tokenizer.decode(ids[start:end]) + marks.get(ids[end] if end < len(ids) else -1, "")
+        start = end + 1
+    return text
 
 
 def _filled(action: Action, form: Form):

@@ -39,7 +39,8 @@ class World(NamedTuple):
 def play(world: World, respond: Callable, key: jax.Array, *, episodes: int, steps: int) -> list[Trace]:
     """Episodes side by side, each until it ends, or for so many steps.
 
-    An episode also ends, without success, with a response that cannot be read. Success is a reward above 0.
+    An episode also ends, without success, with a response that cannot be read; white space around it is left out.
+    Success is a reward above 0.
 
     Args:
       world: the environment.
@@ -64,7 +65,7 @@ def play(world: World, respond: Callable, key: jax.Array, *, episodes: int, step
         of = lambda values: [values[i] for i in going]
         responses = respond(of(tasks), of(pasts), of(seen), [_row(at, i) for i in going], response_key)
         taken = np.tile(world.act(actions.Wait()), (episodes, 1))
-        for i, response in zip(going, responses, strict=True):
+        for i, response in zip(going, map(str.strip, responses), strict=True):
             pasts[i] = (*pasts[i], Turn(seen[i], response))
             try:
                 taken[i] = world.act(actions.parse(response, world.form).action)
@@ -90,6 +91,7 @@ def make_respond(
     sampling: Sampling,
     keep: int = SCREENS,
     rows: int | None = None,
+    form: actions.Form = actions.BOX,
 ) -> Callable:
     """The agent: `(params) -> respond` for `play`.
 
@@ -99,6 +101,7 @@ def make_respond(
       width: tokens of the longest prompt; every prompt is padded to it, so that one program is compiled.
       sampling: of the responses; `max_tokens` is the longest.
       rows: prompts that are sampled together; None is as many as are asked for, rounded up to a power of two.
+      form: of the world's places, whose marks stay in the text even if the tokenizer has them as special tokens.
 
     Raises:
       ValueError: later, a prompt longer than width.
@@ -121,7 +124,7 @@ def make_respond(
                 part_key = jax.random.fold_in(key, part)
                 drawn = jax.device_get(sample(params, Prompts(jnp.asarray(tokens), jnp.asarray(lengths)), part_key))
                 ends = zip(drawn.completions[: len(some)], drawn.lengths, strict=False)
-                found += [tokenizer.decode(ids[:end].tolist()) for ids, end in ends]
+                found += [actions.decode(tokenizer, ids[:end].tolist(), form) for ids, end in ends]
             return found
 
         return respond

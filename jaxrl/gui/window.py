@@ -100,7 +100,7 @@ def reflections(trace: Trace) -> list[Reflection]:
     """For each slip that the next turn regrets: what should have been done, as that turn does it."""
     found = []
     for i in range(1, len(trace.turns)):
-        thought, action = actions.parse(trace.turns[i].response)
+        thought, action, _ = actions.parse(trace.turns[i].response)
         if thought and thought.startswith(REGRET):
             corrected = actions.format(actions.Step(thought.removeprefix(REGRET), action))
             found.append(correct(trace, i - 1, corrected))

@@ -6,11 +6,13 @@ import string
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from jaxrl.data.tokenizer import HuggingFaceTokenizer
 from jaxrl.gui import actions
-from jaxrl.gui.actions import BOX, POINT, Point, Step, format, parse
+from jaxrl.gui.actions import BOX, PLAIN, POINT, Point, Step, decode, format, parse
 
-FORMS = pytest.mark.parametrize("form", [BOX, POINT], ids=["box", "point"])
+FORMS = pytest.mark.parametrize("form", [BOX, PLAIN, POINT], ids=["box", "plain", "point"])
 texts = st.text(st.characters(codec="utf-8")) | st.text(st.sampled_from("\\'\"n\n()=, ")) | st.just("\nAction: wait()")
 points = st.builds(Point, st.integers(0, 1000), st.integers(0, 1000))
 directions = st.sampled_from(["up", "down", "left", "right"])
@@ -23,7 +25,8 @@ every = st.one_of(
     st.builds(actions.Drag, points, points),
     st.builds(actions.Scroll, points, directions),
 )
-steps = st.builds(Step, st.none() | texts, every)
+headings = st.sampled_from(["Thought", "Reflection", "Action_Summary"])
+steps = st.builds(Step, st.none() | texts, every, st.just("Thought")) | st.builds(Step, texts, every, headings)
 QUICK = settings(max_examples=150, deadline=None)
 
 
@@ -69,25 +72,28 @@ def test_published_forms():
     cases = {
         actions.Click(at): (
             "click(start_box='<|box_start|>(412,96)<|box_end|>')",
+            "click(start_box='(412,96)')",
             "click(point='<point>412 96</point>')",
         ),
         actions.Drag(at, to): (
             "drag(start_box='<|box_start|>(412,96)<|box_end|>', end_box='<|box_start|>(7,1000)<|box_end|>')",
+            "drag(start_box='(412,96)', end_box='(7,1000)')",
             "drag(start_point='<point>412 96</point>', end_point='<point>7 1000</point>')",
         ),
         actions.Scroll(at, "down"): (
             "scroll(start_box='<|box_start|>(412,96)<|box_end|>', direction='down')",
+            "scroll(start_box='(412,96)', direction='down')",
             "scroll(point='<point>412 96</point>', direction='down')",
         ),
-        actions.Hotkey("ctrl c"): ("hotkey(key='ctrl c')",) * 2,
-        actions.Type('say "no"\n'): ("type(content='say \\\"no\\\"\\n')",) * 2,
-        actions.OpenApp("Maps"): ("open_app(app_name='Maps')",) * 2,
-        actions.Finished(): ("finished()",) * 2,
-        actions.Finished(""): ("finished(content='')",) * 2,
-        actions.CallUser(): ("call_user()",) * 2,
+        actions.Hotkey("ctrl c"): ("hotkey(key='ctrl c')",) * 3,
+        actions.Type('say "no"\n'): ("type(content='say \\\"no\\\"\\n')",) * 3,
+        actions.OpenApp("Maps"): ("open_app(app_name='Maps')",) * 3,
+        actions.Finished(): ("finished()",) * 3,
+        actions.Finished(""): ("finished(content='')",) * 3,
+        actions.CallUser(): ("call_user()",) * 3,
     }
     for action, written in cases.items():
-        for form, text in zip((BOX, POINT), written, strict=True):
+        for form, text in zip((BOX, PLAIN, POINT), written, strict=True):
             assert parse(f"Thought: It is there.\nAction: {text}", form) == Step("It is there.", action)
             assert parse(f"Action: {text}", form) == Step(None, action)
     assert set(actions.DESKTOP) | set(actions.MOBILE) == set(actions.ACTIONS) and len(actions.ACTIONS) == 15
@@ -97,6 +103,40 @@ def test_thoughts_may_look_like_actions():
     text = "Thought: First.\nAction: wait()\nNo.\nAction: call_user()"
     assert parse(text) == Step("First.\nAction: wait()\nNo.", actions.CallUser())
     assert parse("Thought: \nAction: wait()").thought == ""
+
+
+def test_headings_of_the_published_parser():
+    text = "Reflection: Not that one.\nAction_Summary: The other.\nAction: wait()"
+    step = Step("Not that one.\nAction_Summary: The other.", actions.Wait(), "Reflection")
+    assert parse(text) == step and format(step) == text
+    assert parse("Action_Summary: Wait.\nAction: wait()") == Step("Wait.", actions.Wait(), "Action_Summary")
+    with pytest.raises(ValueError, match="heading is 'Idea'; expected one of Thought, Reflection, Action_Summary"):
+        format(step._replace(heading="Idea"))
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """Bytes, and the box tokens as special tokens, as Qwen2-VL has them."""
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    reader = Tokenizer(models.BPE(letters, []))
+    reader.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    reader.decoder = decoders.ByteLevel()  # pyright: ignore
+    reader.add_special_tokens(["<|im_end|>", "<|endoftext|>", *BOX.marks])
+    reader.save(str(file))
+    return HuggingFaceTokenizer(str(file), eos_token="<|im_end|>", pad_token="<|endoftext|>")
+
+
+def test_box_tokens_that_are_special_are_read_and_tokenised_again(qwen):
+    step = Step("The café's button.", actions.Drag(Point(12, 34), Point(0, 1000)))
+    ids = qwen.encode(format(step))
+    assert [ids.count(qwen.token_id(mark)) for mark in BOX.marks] == [2, 2]
+    text = decode(qwen, [*ids, qwen.eos_id])
+    assert parse(text) == step and qwen.encode(text) == ids
+    with pytest.raises(ValueError, match=r"expected '<\|box_start\|>\('"):
+        parse(qwen.decode(ids))
+    assert parse(qwen.decode(ids), PLAIN) == step
+    assert decode(qwen, [ids[0], qwen.eos_id], POINT) == "T" and decode(qwen, []) == ""
 
 
 @pytest.mark.parametrize(

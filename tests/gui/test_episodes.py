@@ -77,6 +77,13 @@ def test_a_world_has_its_form_of_places():
     assert not read("Action: click(start_box='<|box_start|>(1,2)<|box_end|>')")
 
 
+def test_white_space_around_a_response_is_no_fault():
+    said = lambda tasks, *_: [f"{WAIT}\n", f" {WAIT} ", WAIT, f"{WAIT}\n\n", f"{WAIT}.", f"{WAIT}\n{WAIT}"]
+    traces = played(said, steps=1)
+    assert [trace.valid for trace in traces] == [True] * 4 + [False] * 2
+    assert {trace.turns[0].response for trace in traces[:4]} == {WAIT}
+
+
 def test_a_reward_for_what_cannot_be_read_is_no_success():
     def step(key, state, action):
         state, result = WORLD.env.step(key, state, action)
