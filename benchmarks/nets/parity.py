@@ -26,8 +26,8 @@ tiny random networks, of the published weights for minilm and smollm2 where they
 compiled as tests are. Losses are left to the tests. A gradient that is 0 but for rounding, as that of a key's bias, is
 compared with the largest gradient of its network. In brackets: how many tensors; that of swinv2 is the images', where
 sharp cosine attention amplifies rounding, torch's as well. What stands against vqgan is written in torch beside its
-values: transformers has no decoder of pictures. llada's reference is transformers' Llama with nothing masked, phi3 a
-Llama of ours whose heads turn in part. Written by `python benchmarks/nets/parity.py`.
+values: transformers has no decoder of pictures. llada's reference is transformers' Llama with nothing masked, dit's the
+authors' class of BD3-LM, phi3 a Llama of ours whose heads turn in part. Written by `python benchmarks/nets/parity.py`.
 
 | network | reference | cases | largest error of outputs | of gradients |
 |---|---|---|---|---|
@@ -37,6 +37,7 @@ NETWORKS = {  # and the script in tests/golden that wrote the values
     "make_networks": ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "moonlight"),
     "make_linear": ("minimax", "minimax_odd"),
     "make_llada": ("llada",),
+    "make_dit": ("dit",),
     "make_chameleon": ("chameleon",),
     "make_vision_language": ("qwen2_vl", "qwen25_vl", "kimi_vl"),
     "make_encoders": ("bert", "roberta", "albert", "electra", "distilbert", "minilm", "gpt2"),
@@ -50,6 +51,7 @@ TESTS = {  # and the network of the tests in it that name none
     "nets/test_golden.py": "phi3",
     "nets/test_folders.py": "vqgan",
     "nets/test_llada.py": "llada",
+    "nets/test_dit.py": "dit",
     "nets/test_chameleon.py": "chameleon",
     "nets/test_vision_language.py": "qwen2_vl",
     "nets/test_encoder.py": "bert",

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl import cli, diffusion, networks
+from jaxrl import cli, diffusion, networks, parallel
 from jaxrl.data import CharTokenizer
 from jaxrl.data.tokenizer_files import save_tokenizer
 from jaxrl.kernels.attention import BlockDiffusion, Causal, Chunked
@@ -246,3 +246,29 @@ def test_such_a_network_is_known_by_its_choices():
         multi_token.multi_token_model(presets.tiny(unembed_bias=True))
     with pytest.raises(ValueError, match="bias is 'all', expected one of False, True, 'ffn'"):
         presets.tiny(bias="all")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", ["stage=2,tensor=2,data=2", "fsdp=2,context=2,data=2"])
+def test_the_bias_of_the_logits_on_a_mesh(spec):
+    config = presets.shrunk(presets.bd3lm_small(), 20, width=16, heads=2, ffn=64)
+    mesh, plain = parallel.make_mesh(spec), language_model(config)
+    draw = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: jnp.asarray(draw.normal(0, 0.3, x.shape), jnp.float32), plain.init(jax.random.key(0))
+    )
+    tokens = jnp.asarray(draw.integers(0, 20, (4, 8)))
+
+    def score(model):
+        def total(params):
+            hidden, _ = model.apply(params, tokens)
+            return model.log_probs(hidden, model.unembedding(params), tokens)[0].mean()
+
+        return jax.jit(jax.value_and_grad(total))
+
+    value, gradient = score(plain)(params)
+    placed = jax.device_put(params, parallel.state_shardings(params, mesh))
+    found, other = score(parallel.model_on(config, mesh))(placed)
+    np.testing.assert_allclose(found, value, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), other, gradient)
+    assert np.abs(gradient["unembed_bias"]).max() > 1e-2
