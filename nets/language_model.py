@@ -11,7 +11,7 @@ from jaxrl.kernels.attention import Causal, attention
 from jaxrl.kernels.log_probs import token_log_probs
 from jaxrl.nets.cache import init_cache
 from jaxrl.nets.config import TransformerConfig
-from jaxrl.nets.moe import experts
+from jaxrl.nets.moe import Routers, experts
 from jaxrl.nets.transformer import Transformer
 
 
@@ -20,14 +20,15 @@ class LanguageModel(NamedTuple):
 
     init(key) -> params: a plain nested dict of arrays; consumes the key. One program under `jax.jit`.
 
-    apply(params, tokens [B, T], *, positions [B, T] = None, mask = None, cache = None)
+    apply(params, tokens [B, T], *, positions [B, T] = None, mask = None, cache = None, key = None)
     -> (hidden [B, T, D], cache): without a cache, one pass over whole sequences. With one, the T columns are
     written at [cache.length, cache.length + T), attention is over all S columns with q_offset = cache.length,
     and the advanced cache is returned. Positions default to arange(T) + cache.length. Without a mask a decoder sees
     what came before (`Causal`), a network with causal=False all (`Full`). The mask is given over cache columns: batches
     of unequal prompts are padded on the left; the caller hides the padding with `Segments` and gives positions that
     start at 0 at the first real token. The cursor is unknown under jit: a write past the last column is not refused but
-    overwrites it, so make the cache long enough.
+    overwrites it, so make the cache long enough. A key, consumed, is for what routers draw in training; without one, as
+    in scoring and sampling, they draw nothing. Only a model with `routers` is given one.
 
     unembedding(params) -> [D, V]: logits are `logits(hidden, unembedding(params))`.
 
@@ -36,6 +37,8 @@ class LanguageModel(NamedTuple):
 
     log_probs(hidden, unembedding, targets, *, temperature, chunk, return_lse) -> (log_probs, entropy), with return_lse
     and the log-sum-exp behind them: `token_log_probs`, or one that knows where the arrays lie.
+
+    routers: what loops know of a mixture of experts; None: there is none.
     """
 
     init: Callable
@@ -43,6 +46,7 @@ class LanguageModel(NamedTuple):
     unembedding: Callable
     init_cache: Callable
     log_probs: Callable = token_log_probs
+    routers: Routers | None = None
 
 
 def language_model(
@@ -60,12 +64,14 @@ def language_model(
         of `jaxrl.parallel.model_on` know a mesh.
     """
     model = Transformer(config, attend, experts)
+    routers = None if config.experts is None else Routers(config.experts.draws)
 
     def init(key):
         return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
-    def apply(params, tokens, *, positions=None, mask=None, cache=None):
-        out: Any = model.apply({"params": params}, tokens, positions=positions, mask=mask, cache=cache)
+    def apply(params, tokens, *, positions=None, mask=None, cache=None, key=None):
+        rngs = {"router": key} if key is not None and routers is not None and routers.draws else {}
+        out: Any = model.apply({"params": params}, tokens, positions=positions, mask=mask, cache=cache, rngs=rngs)
         return with_one(config, out[0]), out[1]
 
     def unembedding(params):
@@ -77,7 +83,7 @@ def language_model(
     def empty(batch, length):
         return init_cache(config, batch, length)
 
-    return LanguageModel(init, apply, unembedding, empty, log_probs)
+    return LanguageModel(init, apply, unembedding, empty, log_probs, routers)
 
 
 def with_one(config: TransformerConfig, hidden: jax.Array) -> jax.Array:

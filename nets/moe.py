@@ -84,6 +84,20 @@ class MoEConfig:
                 "in [0, 1) and no negative number"
             )
 
+    @property
+    def draws(self) -> bool:
+        """Whether a pass with a key differs from one without."""
+        return bool(self.jitter or self.random_second)
+
+
+class Routers(NamedTuple):
+    """What a loop knows of a network with experts.
+
+    draws: whether its pass of training takes a key.
+    """
+
+    draws: bool
+
 
 GATINGS = {
     # Fedus et al. 2021, arXiv:2101.03961; Switch-Base with 128 experts

@@ -180,7 +180,7 @@ def with_images(
         there = same.any(-1, keepdims=True)
         return jnp.where(there, jnp.take_along_axis(found, at[..., None], axis=1), jnp.nan)
 
-    def apply(params, ids, *, positions=None, mask=None, cache=None):
+    def apply(params, ids, *, positions=None, mask=None, cache=None, **options):
         is_image = (ids >= words)[..., None]
         x = params["text"]["embed"]["embedding"][jnp.where(is_image[..., 0], 0, ids)].astype(config.text.dtype)
         if cache is not None and ids.shape[1] == 1:
@@ -193,14 +193,15 @@ def with_images(
                 columns = jnp.arange(ids.shape[1]) + (0 if cache is None else cache.length)
                 positions = jnp.broadcast_to(columns[None], ids.shape)
             positions = mrope_positions(ids, of, vocab_size=words, positions=positions, from_end=True)
-        return text.apply(params["text"], x, positions=positions, mask=mask, cache=cache)
+        return text.apply(params["text"], x, positions=positions, mask=mask, cache=cache, **options)
 
     def log_probs(hidden, unembedding, targets, **options):
         word = targets < words
         found, *rest = text.log_probs(hidden, unembedding, jnp.where(word, targets, 0), **options)
         return jnp.where(word, found, 0.0), *rest
 
-    return LanguageModel(init, apply, lambda params: text.unembedding(params["text"]), text.init_cache, log_probs)
+    unembedding = lambda params: text.unembedding(params["text"])
+    return text._replace(init=init, apply=apply, unembedding=unembedding, log_probs=log_probs)
 
 
 _MROPE: dict[str, Any] = {"rope_sections": (16, 24, 24), "max_length": 32768}

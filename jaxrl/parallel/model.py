@@ -49,30 +49,30 @@ def model_on(
     def place(x, *axes):
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(rows_over(mesh, x.shape[0]), *axes)))
 
-    def whole(params, tokens, positions, mask):
+    def whole(params, tokens, positions, mask, **options):
         tokens = place(tokens, "context")
         if stages > 1:
             parts = (params, tokens, positions, mask)
-            return with_one(config, pipelined(roomy, mesh, attend, *parts, micro_batches=micro_batches))
-        return plain.apply(params, tokens, positions=positions, mask=mask)[0]
+            return with_one(config, pipelined(roomy, mesh, attend, *parts, micro_batches=micro_batches, **options))
+        return plain.apply(params, tokens, positions=positions, mask=mask, **options)[0]
 
-    def apply(params, tokens, *, positions=None, mask: Any = None, cache=None):
+    def apply(params, tokens, *, positions=None, mask: Any = None, cache=None, **options):
         mask = (Causal() if config.causal else Full()) if mask is None else mask
         if cache is not None:
-            return plain.apply(params, tokens, positions=positions, mask=mask, cache=cache)
+            return plain.apply(params, tokens, positions=positions, mask=mask, cache=cache, **options)
         if zero == 3 and mesh.shape["fsdp"] > 1:
             params = divided(params, mesh, again=config.remat == "none")
         b, t = tokens.shape[:2]
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(t)[None], (b, t))
         if n == 1:
-            return place(whole(params, tokens, positions, mask)), None
+            return place(whole(params, tokens, positions, mask, **options)), None
         overhang = -t % (2 * n)
 
         def order(x):
             return zigzag(jnp.pad(x, ((0, 0), (0, overhang)) + ((0, 0),) * (x.ndim - 2)), n)
 
-        hidden = whole(params, order(tokens), order(positions), _padded(mask, t, overhang))
+        hidden = whole(params, order(tokens), order(positions), _padded(mask, t, overhang), **options)
         return place(unzigzag(hidden, n), "context")[:, :t], None
 
     def init_cache(batch, length):

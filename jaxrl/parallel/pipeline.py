@@ -28,6 +28,7 @@ def pipelined(
     mask: Mask,
     *,
     micro_batches: int | None = None,
+    key: jax.Array | None = None,
 ) -> jax.Array:
     """Hidden states [B, T, D] of a Transformer whose layers are divided over the stages.
 
@@ -43,6 +44,7 @@ def pipelined(
       tokens: [B, T], or embeddings [B, T, D]. positions: [B, T].
       mask: its arrays [B|1, ...].
       micro_batches: M, a divisor of the rows on a device; None takes the largest up to four for each stage.
+      key: for the draws of routers, of their own for each stage and micro-batch; None: there are none. Consumed.
 
     Raises:
       ValueError: micro_batches that do not divide the rows.
@@ -60,9 +62,10 @@ def pipelined(
     layers = stack(config, attend, experts_on(mesh), layers=each, unroll=config.unroll)
     number = jnp.arange(each)
 
-    def stage(params, near, x, given):
+    def stage(params, near, x, given, key):
         cos, sin, mask = given
-        (x, _, _), _ = layers.apply({"params": params}, (x, None, None), number, near, cos, sin, mask, 0)
+        rngs = {} if key is None else {"router": key}
+        (x, _, _), _ = layers.apply({"params": params}, (x, None, None), number, near, cos, sin, mask, 0, rngs=rngs)
         return x
 
     of_stage = lambda a: a.reshape(stages, each, *a.shape[1:])
@@ -80,8 +83,9 @@ def pipelined(
         places = jnp.where(first, entering, jnp.roll(places, 1, axis=0))
         at = jnp.clip(time - jnp.arange(stages), 0, parts - 1)
         here = jax.tree.map(lambda a: a[at], given)
+        keys = None if key is None else jax.random.split(jax.random.fold_in(key, time), stages)
         run = jax.vmap(stage, spmd_axis_name="stage")
-        places = jax.lax.with_sharding_constraint(run(own, near, places, here), place)
+        places = jax.lax.with_sharding_constraint(run(own, near, places, here, keys), place)
         return places, places
 
     places = jax.lax.with_sharding_constraint(jnp.zeros((stages, *x.shape[1:]), x.dtype), place)

@@ -148,20 +148,15 @@ def carried(model: LanguageModel, adapter: Adapter) -> LanguageModel:
         base = model.init(first)
         return {"base": base, "adapter": adapter.init(second, model, base)}
 
-    def apply(params, tokens, *, positions=None, mask=None, cache=None):
+    def apply(params, tokens, **options):
         base, own = params["base"], params["adapter"]
         if own is None:
-            return model.apply(base, tokens, positions=positions, mask=mask, cache=cache)
-        adapted = adapters.adapt(model, base, adapter)
-        return adapted.apply(own, tokens, positions=positions, mask=mask, cache=cache)
+            return model.apply(base, tokens, **options)
+        return adapters.adapt(model, base, adapter).apply(own, tokens, **options)
 
-    return LanguageModel(
-        init,
-        apply,
-        lambda params: model.unembedding(params["base"]),
-        adapters.adapt(model, None, adapter).init_cache,
-        model.log_probs,
-    )
+    empty = adapters.adapt(model, None, adapter).init_cache
+    unembedding = lambda params: model.unembedding(params["base"])
+    return model._replace(init=init, apply=apply, unembedding=unembedding, init_cache=empty)
 
 
 def join(base: Any, params: Any) -> Any:

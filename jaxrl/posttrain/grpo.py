@@ -191,7 +191,7 @@ def make(
     updates = config.epochs * config.minibatches
     ends: dict[str, Any] = {"stop": stop} if stop else {}
     form = partial(group_log_probs, group=config.group) if config.share_prompt else completion_log_probs
-    log_probs_of = partial(log_probs or form, model, temperature=config.sampling.temperature)
+    log_probs_of = partial(log_probs or form, temperature=config.sampling.temperature)
     complete = sampler or (partial(rollout_in_slots, slots=config.slots) if config.slots else rollout)
     resets = row.form == "mirror" if config.reset_optimizer is None else config.reset_optimizer
 
@@ -215,8 +215,8 @@ def make(
         )
         return dataclasses.replace(state, drawn=state.drawn + 1), constrain(completions), rows
 
-    def loss(params, part):
-        log_probs, entropy = log_probs_of(params, part["rollout"])
+    def loss(model, params, part):
+        log_probs, entropy = log_probs_of(model, params, part["rollout"])
         mask, behaviour = part["mask"], part["rollout"].behaviour_log_probs
         values, diagnostics = family.loss(
             log_probs, part["old"], part["reference"], part["advantages"], mask, variant=row
@@ -252,14 +252,14 @@ def make(
     def learn(state, completions: Rollout, rewards, rows=None):
         raw = rewards.reshape(config.prompts, config.group)
         rewards = shaped(state, completions, raw)
-        mask = completions.mask
+        mask, score = completions.mask, lambda params: log_probs_of(model, params, completions)
         if resets:
             fresh = update.reset_moments(state.opt_state, state.params, optimizer)
             state = dataclasses.replace(state, opt_state=fresh)
         if config.mask_truncated:
             mask = mask * (completions.finish != Finish.LENGTH)[:, None]
-        old = log_probs_of(state.params, completions)[0] if updates > 1 or (row.kl_coef and row.kl_in_reward) else None
-        reference = log_probs_of(state.reference, completions)[0] if row.kl_coef else None
+        old = score(state.params)[0] if updates > 1 or (row.kl_coef and row.kl_in_reward) else None
+        reference = score(state.reference)[0] if row.kl_coef else None
         advantages = family.advantages(rewards, mask, variant=row, log_probs=old, ref_log_probs=reference)
         batch = {
             "rollout": completions,
@@ -269,9 +269,15 @@ def make(
             "reference": None if row.kl_in_reward else reference,
         }
 
-        def one(state, part):
-            value, watched, gradient = update.value_and_grad(
-                loss, state.params, part, micro_batches=config.micro_batches
+        def one(state, part, number: jax.Array | int = 0):
+            value, watched, gradient = update.value_and_grad_of(
+                model,
+                loss,
+                state.params,
+                part,
+                key=state.key,
+                number=state.step * updates + number,
+                micro_batches=config.micro_batches,
             )
             state, trained = update.apply_gradients(state, gradient, value, optimizer, max_grad_norm=max_grad_norm)
             return state, {**watched, **trained}
@@ -281,7 +287,9 @@ def make(
         else:
             order = _shuffles(_key(state, state.step, 1), config)
             state, stacked = jax.lax.scan(
-                lambda state, rows: one(state, jax.tree.map(lambda x: x[rows], batch)), state, order
+                lambda state, now: one(state, jax.tree.map(lambda x: x[now[0]], batch), now[1]),
+                state,
+                (order, jnp.arange(updates)),
             )
             metrics = {
                 name: values[-1] if name == "train/skipped" else values.mean() for name, values in stacked.items()

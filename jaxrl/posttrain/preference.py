@@ -287,10 +287,13 @@ def make(
             batch = reference(state.reference, batch.pairs, rows=parts, key=jax.random.clone(key))
         score = lambda *given: responses(*given, key=jax.random.clone(key))
         point = state.reward_mean if config.running_point else 0.0
-        value, metrics, gradient = update.value_and_grad(
-            lambda params, part: loss(config, model, params, part, reference_point=point, responses=score)[:2],
+        value, metrics, gradient = update.value_and_grad_of(
+            model,
+            lambda model, params, part: loss(config, model, params, part, reference_point=point, responses=score)[:2],
             state.params,
             batch,
+            key=state.key,
+            number=state.step,
             micro_batches=config.micro_batches,
         )
         state, trained = update.apply_gradients(state, gradient, value, optimizer, max_grad_norm=max_grad_norm)

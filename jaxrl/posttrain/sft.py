@@ -166,10 +166,13 @@ def make(
         rows = update.epoch_batch(state.key, state.step, batch=config.batch, examples=data.tokens.shape[0])
         batch = constrain(jax.tree.map(lambda x: x[rows], data))
         key = jax.random.fold_in(jax.random.fold_in(state.key, PREPARED), state.step)
-        value, metrics, gradient = update.value_and_grad(
-            lambda params, part: objective(model, params, part),
+        value, metrics, gradient = update.value_and_grad_of(
+            model,
+            objective,
             state.params,
             prepare(key, batch),
+            key=state.key,
+            number=state.step,
             micro_batches=config.micro_batches,
         )
         state, trained = update.apply_gradients(state, gradient, value, optimizer, max_grad_norm=max_grad_norm)

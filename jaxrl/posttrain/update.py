@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.struct
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl.losses.reduce import Weighted
+from jaxrl.nets.language_model import LanguageModel
 from jaxrl.posttrain.compact_adam import scale_by_compact_adam
 
 
@@ -244,6 +246,47 @@ def value_and_grad(loss: LossFunction, params, batch, *, micro_batches: int = 1)
     scale = 1.0 / jnp.maximum(value.weight, 1e-8)
     gradient = jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradient)
     return value.mean, {name: metric.mean for name, metric in metrics.items()}, gradient
+
+
+ROUTED = (1 << 30) + 9
+"""Folded into a run's key for what the routers of a model draw in its passes of training."""
+
+
+def value_and_grad_of(
+    model: LanguageModel,
+    loss: Callable,
+    params,
+    batch,
+    *,
+    key: jax.Array,
+    number: jax.Array | int,
+    micro_batches: int = 1,
+):
+    """`value_and_grad` of a language model's pass of training, in which its routers draw.
+
+    The loss is given a model whose `apply` has a key already, so it knows of none; each micro-batch has its own.
+
+    Args:
+      model: see `LanguageModel`; one without `routers` is used as it is.
+      loss: `(model, params, batch) -> (Weighted, {name: Weighted})`.
+      params, batch, micro_batches: as in `value_and_grad`.
+      key: the run's; not consumed.
+      number: of the pass in the run.
+
+    Returns:
+      As `value_and_grad`.
+    """
+    if model.routers is None or not model.routers.draws:
+        return value_and_grad(partial(loss, model), params, batch, micro_batches=micro_batches)
+    key = jax.random.fold_in(jax.random.fold_in(key, ROUTED), number)
+    rows = jnp.arange(jax.tree.leaves(batch)[0].shape[0])
+
+    def of_part(params, numbered):
+        part, rows = numbered
+        apply = partial(model.apply, key=jax.random.fold_in(key, rows[0]))
+        return loss(model._replace(apply=apply), params, part)
+
+    return value_and_grad(of_part, params, (batch, rows), micro_batches=micro_batches)
 
 
 def apply_gradients(

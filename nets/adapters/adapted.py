@@ -68,7 +68,7 @@ def adapt(model: LanguageModel, base: Any, adapter: Adapter) -> LanguageModel:
     def init(key):
         return adapter.init(key, model, base)
 
-    def apply(params, tokens, *, positions=None, mask=None, cache=None):
+    def apply(params, tokens, *, positions=None, mask=None, cache=None, **options):
         ready = None if cache is None else cache.ready
         ready = adapter.ready(model, base, params) if ready is None else ready
         if adapter.shift:
@@ -77,13 +77,13 @@ def adapt(model: LanguageModel, base: Any, adapter: Adapter) -> LanguageModel:
             positions = positions + adapter.shift
         inner = None if cache is None else cache.rest._replace(k=cache.k, v=cache.v, length=cache.length)
         tree = adapter.graft(base, ready)
-        hidden, inner = model.apply(tree, tokens, positions=positions, mask=mask, cache=inner)
+        hidden, inner = model.apply(tree, tokens, positions=positions, mask=mask, cache=inner, **options)
         return hidden, None if inner is None else _wrapped(inner, ready)
 
     def empty(*args, **options):
         return _wrapped(model.init_cache(*args, **options), None)
 
-    return LanguageModel(init, apply, lambda params: model.unembedding(base), empty, model.log_probs)
+    return model._replace(init=init, apply=apply, unembedding=lambda params: model.unembedding(base), init_cache=empty)
 
 
 def over_base(build: Callable, model: LanguageModel, adapter: Adapter) -> Callable:

@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxrl import config as configuration
@@ -16,6 +18,7 @@ from jaxrl.nets.moe import GATINGS, MoEConfig
 from jaxrl.nets.transformer import TransformerConfig, router_statistics
 from jaxrl.posttrain import grpo, preference, sft, update
 from jaxrl.posttrain.rollout import Sampling
+from jaxrl.posttrain.score import log_probs_of
 from jaxrl.types import Pairs, Prompts, TokenBatch
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile
@@ -184,6 +187,95 @@ def test_adapters_on_the_attention_of_experts():
     own = adapted.init(jax.random.key(0))
     assert set(own) == {"dense_layers", "layers"}
     np.testing.assert_allclose(jit(adapted.apply)(own, TOKENS)[0], full_forward(), rtol=1e-5, atol=1e-6)
+
+
+# draws of training
+
+NOISY = MoEConfig(4, 2, 6, normalise=True, jitter=0.5, random_second=True)
+ROWS = TokenBatch(TOKENS, jnp.ones((2, 10)))
+
+
+QUIET = replace(NOISY, jitter=0.0, random_second=False)
+
+
+def test_a_gradient_has_the_noise_of_its_step_and_a_score_has_none():
+    """Two micro-batches of one row each: either draws its own."""
+    _, model, params = network(NOISY, layers=1)
+    _, quiet, _ = network(QUIET, layers=1)
+    twice = jax.tree.map(lambda x: x[:1].repeat(2, axis=0), ROWS)
+
+    def loss(model, params, batch):
+        value, metrics = sft.loss(model, params, batch)
+        return value, {**metrics, "square": value._replace(total=value.total**2 / value.weight)}
+
+    @jit
+    def run(numbers):
+        of = functools.partial(update.value_and_grad_of, model, loss, params, twice, key=jax.random.key(0))
+        losses, metrics, _ = jax.lax.map(lambda n: of(number=n, micro_batches=2), numbers)
+        return losses, metrics["square"], *(log_probs_of(m, params, ROWS)[0] for m in (model, quiet))
+
+    losses, squares, *scores = run(jnp.array([0, 0, 1]))
+    assert losses[0] == losses[1] != losses[2]
+    assert np.all(squares - losses**2 > 1e-6)  # the variance over micro-batches
+    np.testing.assert_array_equal(*scores)
+
+
+@pytest.mark.parametrize("gating", [QUIET, None])
+def test_models_without_noise_are_given_no_key(gating):
+    """The program is that of a gradient that knows of no key."""
+    _, model, params = network(gating, layers=1)
+    of = functools.partial(update.value_and_grad_of, model, sft.loss, batch=ROWS, key=jax.random.key(0), number=3)
+    plain = lambda p: update.value_and_grad(functools.partial(sft.loss, model), p, ROWS)
+    text = lambda f: re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(f)(params)))
+    assert text(of) == text(plain)
+
+
+def watched(model):
+    """The model, and a list of whether each of its passes had a key."""
+    keys = []
+
+    def apply(*args, key=None, **options):
+        keys.append(key is not None)
+        return model.apply(*args, key=key, **options)
+
+    return model._replace(apply=apply), keys
+
+
+def test_loops_give_keys_to_gradients_alone():
+    optimizer, key = optax.sgd(0.1), jax.random.key(0)
+    _, model, params = network(NOISY, layers=1)
+    model, keys = watched(model)
+
+    def passes(function, *args):
+        keys.clear()
+        result = jax.eval_shape(function, *args)
+        return result, set(keys)
+
+    recipe = sft.make(sft.SFTConfig(batch=2, micro_batches=2), model, optimizer)
+    assert passes(recipe.step, recipe.init(key, params), ROWS)[1] == {True}
+
+    recipe = preference.make(preference.DPOConfig(batch=2), model, optimizer)
+    data, had = passes(recipe.reference, params, Pairs(ROWS, ROWS))
+    assert had == {False} and passes(recipe.margins, params, data)[1] == {False}
+    assert passes(recipe.step, recipe.init(key, params), data)[1] == {True}
+
+    config = grpo.GRPOConfig(prompts=2, group=2, kl_coef=0.1, sampling=Sampling(max_tokens=4))
+    recipe = grpo.make(config, model, optimizer, eos_id=1, pad_id=0)
+    problems = grpo.Problems(Prompts(TOKENS[:, :4], jnp.array([2, 4])), jnp.zeros(2))
+    (state, completions, _), had = passes(recipe.sample, recipe.init(key, params), problems)
+    assert had == {False}
+    assert passes(recipe.learn, state, completions, jnp.zeros(4))[1] == {True, False}  # the reference has none
+
+
+def test_adapters_pass_keys_on():
+    _, model, params = network(NOISY, layers=1)
+    adapted = adapters.adapt(model, params, adapters.lora(adapters.LoRAConfig(rank=2, targets=("q", "v"))))
+    own = adapted.init(jax.random.key(0))
+    assert adapted.routers == model.routers
+    run = jit(lambda key: adapted.apply(own, TOKENS, key=key)[0])
+    one, again, other, none = (run(key) for key in (*map(jax.random.key, (0, 0, 1)), None))
+    assert jnp.array_equal(one, again) and not jnp.array_equal(one, other)
+    np.testing.assert_allclose(none, jit(model.apply)(params, TOKENS)[0], rtol=1e-5, atol=1e-6)
 
 
 def equations(jaxpr):

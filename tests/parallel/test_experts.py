@@ -220,3 +220,20 @@ def test_every_parameter_of_experts_has_a_rule():
 def test_what_a_mesh_cannot_serve(spec, changes, message):
     with pytest.raises(ValueError, match=message):
         on(spec, dataclasses.replace(CONFIG, experts=dataclasses.replace(GATING, **changes)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", ["data=2,expert=2", "stage=2,data=2"])
+def test_routers_draw_on_meshes(spec):
+    """What they draw on one device; stages draw each its own."""
+    config = dataclasses.replace(CONFIG, experts=MoEConfig(4, 2, 8, normalise=True, jitter=0.5))
+    model, mesh = language_model(config), mesh_of(spec)
+    params, tokens = jit(model.init)(jax.random.key(0)), jnp.arange(32).reshape(4, 8) % 16
+    run = lambda model, key: jit(lambda p: model.apply(p, tokens, key=key)[0])(params)
+    on_mesh = parallel.model_on(config, mesh)
+    got, plain = run(on_mesh, jax.random.key(1)), run(model, None)
+    assert not np.allclose(got, plain, atol=1e-4)
+    if "stage" in spec:
+        close(run(on_mesh, None), plain)
+    else:
+        close(got, run(model, jax.random.key(1)))
