@@ -12,6 +12,7 @@ from tyro.conf import Positional
 
 from jaxrl import config
 from jaxrl.config import take
+from jaxrl.posttrain.unmasking import Unmasking
 
 Folder = Annotated[str, Positional]
 
@@ -39,6 +40,7 @@ class Generate:
     max_tokens: int = 0
     """New tokens at most; 0 takes the width the model was trained for."""
     seed: int = 0
+    unmasking: Unmasking = dataclasses.field(default_factory=Unmasking)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Chat:
     """Keep the smallest set of tokens with this much probability."""
     max_tokens: int = 0
     """New tokens at most; 0 takes the width the model was trained for, 256 for a published one."""
+    unmasking: Unmasking = dataclasses.field(default_factory=Unmasking)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +232,8 @@ def _evaluate_agent(options: Any) -> None:
     from jaxrl.agents import training
 
     agent = ("run", "episodes")
-    given = [f.name for f in dataclasses.fields(options) if getattr(options, f.name) != f.default]
+    plain = type(options)(run="")
+    given = [f.name for f in dataclasses.fields(options) if getattr(options, f.name) != getattr(plain, f.name)]
     for name in (name for name in given if name not in agent):
         raise ValueError(
             f"--{name.replace('_', '-')} is for language models; {options.run} is evaluated where it was trained"
@@ -298,7 +302,7 @@ def generate(argv: Sequence[str]) -> None:
 
     options = config.parse(Generate, argv, prog="jaxrl generate")
     place = _place("generate", options.run, options.model)
-    speaker = talk.open_run(place, samples=options.samples, sampling=Sampling(
+    speaker = talk.open_run(place, samples=options.samples, unmasking=options.unmasking, sampling=Sampling(
         temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p,
         max_tokens=options.max_tokens or talk.TRAINED,
     ))  # fmt: skip
@@ -315,7 +319,8 @@ def chat(argv: Sequence[str]) -> None:
     sampling = Sampling(
         temperature=options.temperature, top_p=options.top_p, max_tokens=options.max_tokens or talk.TRAINED
     )
-    talk.chat(talk.open_run(_place("chat", options.run, options.model), sampling=sampling))
+    place = _place("chat", options.run, options.model)
+    talk.chat(talk.open_run(place, sampling=sampling, unmasking=options.unmasking))
 
 
 def _place(command: str, run: str, model: str) -> str:

@@ -97,8 +97,10 @@ def write_model(
     max_tokens: int,
     example: str,
     origin: dict[str, Any] | None = None,
+    masks: dict[str, int | None] | None = None,
 ) -> None:
-    """Writes `model.json`: what it takes to rebuild the network and to talk to it; of an adapter its `origin`, too.
+    """Writes `model.json`: what it takes to rebuild the network and to talk to it; of an adapter its `origin`, too, and
+    of a network that fills in masks the `token` and the `block`.
 
     A Hugging Face tokenizer is copied into the folder, so that the run does not need the place it came from.
     """
@@ -116,6 +118,7 @@ def write_model(
             "max_tokens": max_tokens,
             "example": example,
         }
+        | ({} if masks is None else {"masks": masks})
         | ({} if origin is None else {"adapter": origin | {"base": _from(folder, origin["base"])}}),
     )
 
@@ -183,6 +186,8 @@ def load_model(folder: str | Path) -> Model:
         saved["example"],
         template_of(tokenizer),
         turn_ends(tokenizer),
+        saved.get("masks", {}).get("token"),
+        saved.get("masks", {}).get("block"),
     )
 
 

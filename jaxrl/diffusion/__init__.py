@@ -18,7 +18,7 @@ from jaxrl.diffusion.noise import noised as noised
 from jaxrl.diffusion.noise import shortened as shortened
 from jaxrl.diffusion.posttrain import completion_log_probs as completion_log_probs
 from jaxrl.diffusion.posttrain import responses as responses
-from jaxrl.diffusion.sample import Unmasking as Unmasking
 from jaxrl.diffusion.sample import generate as generate
 from jaxrl.diffusion.sample import generate_in_blocks as generate_in_blocks
 from jaxrl.diffusion.sample import infill as infill
+from jaxrl.posttrain.unmasking import Unmasking as Unmasking

@@ -79,6 +79,11 @@ def work_of(options: Plan, place: chips.Topology) -> Work:
     model = model_of(options.model)
     if not isinstance(model, TransformerConfig):
         raise ValueError(f"model is {options.model!r}, no Transformer of tokens; its plan is `other.step_of`'s")
+    if not model.causal and options.task != "sft":
+        raise ValueError(
+            f"{options.model} sees tokens on both sides: --task {options.task} counts what networks do that read from "
+            "left to right; plan it with --task sft"
+        )
     types = {"dtype": options.dtype, "param_dtype": options.param_dtype, "cache_dtype": options.cache or None}
     own = options.sampler_mesh not in ("", "auto")
     grpo = options.task == "grpo"

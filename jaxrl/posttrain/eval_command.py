@@ -6,6 +6,8 @@ from typing import Annotated
 
 from tyro.conf import Positional
 
+from jaxrl.posttrain.unmasking import Unmasking
+
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
@@ -52,6 +54,7 @@ class Eval:
     """Of the sampler."""
     episodes: int = 100
     """Greedy episodes of each member, for an agent's run."""
+    unmasking: Unmasking = dataclasses.field(default_factory=Unmasking)
 
     def __post_init__(self):
         if self.samples < 1 or self.batch < 1:
@@ -101,6 +104,7 @@ def run(options: Eval) -> None:
         tool_form=options.tool_form,
         batch=options.batch,
         seed=options.seed,
+        unmasking=options.unmasking,
     )
     drawn = "greedy" if temperature == 0 else f"{options.samples} at temperature {temperature:g}"
     sides = [(options.run, result), *([(options.against, result.other)] if result.other else [])]

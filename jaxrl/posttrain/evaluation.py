@@ -19,6 +19,7 @@ from jaxrl.posttrain import tools as tooling
 from jaxrl.posttrain import turns as talking
 from jaxrl.posttrain.judge import Estimate, WinRate
 from jaxrl.posttrain.rollout import Sampling
+from jaxrl.posttrain.unmasking import Unmasking
 from jaxrl.types import Finish
 
 
@@ -68,6 +69,7 @@ def evaluate(
     tool_form: str = "tags",
     batch: int = 512,
     seed: int = 0,
+    unmasking: Unmasking | None = None,
 ) -> Evaluation:
     """Completions of problems, what they are worth, and how often they are better than those of another model.
 
@@ -86,6 +88,7 @@ def evaluate(
         Texts and lengths then hold results, too.
       batch: completions drawn at once.
       seed: of the sampler.
+      unmasking: in what order masks are filled, where networks do that.
 
     Raises:
       ValueError: what does not go together, before a model is loaded; data that lacks what is needed, or does not fit
@@ -125,6 +128,7 @@ def evaluate(
             form=tooling.FORMS[tool_form](named=len(found) > 1),
             batch=batch,
             seed=seed,
+            unmasking=None if place == against and model.mask_id is None else unmasking,
         )
         wanted = [name for name in metrics if name == "length" or rewarded is not None]
         given = {"correct": drawn.correct, "answers": drawn.answers, "lengths": drawn.lengths}
@@ -157,6 +161,7 @@ def complete(
     form: tooling.Form | None = None,
     batch: int = 512,
     seed: int = 0,
+    unmasking: Unmasking | None = None,
 ) -> Completions:
     """Draws completions of problems and scores them.
 
@@ -170,6 +175,7 @@ def complete(
       tools, turns, form: as in `turns.make_talk`; without tools a completion is one turn.
       batch: completions drawn at once, and so problems times samples.
       seed: of the sampler.
+      unmasking: as in `evaluate`.
 
     Raises:
       ValueError: a prompt that does not fit the context, or that the tokenizer cannot read.
@@ -187,7 +193,7 @@ def complete(
     if tools:
         generate = _with_tools(model, width, tools, sampling=sampling, form=form, turns=turns, samples=samples)
     else:
-        generate = talk.generator(model, sampling, samples=samples)
+        generate = talk.generator(model, sampling, samples=samples, unmasking=unmasking)
     size = min(max(batch // samples, 1), len(problems))
     texts, finish, scores, lengths = [], [], [], []
     for start in range(0, len(problems), size):

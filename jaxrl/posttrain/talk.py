@@ -15,7 +15,9 @@ from jaxrl.data import chatml, encode_prompts
 from jaxrl.data.chat import Message
 from jaxrl.data.tokenizer import check_ids
 from jaxrl.posttrain import task
+from jaxrl.posttrain.filling import filling_of
 from jaxrl.posttrain.rollout import Sampling
+from jaxrl.posttrain.unmasking import Unmasking
 from jaxrl.types import Finish, Prompts
 
 TRAINED = 1 << 30
@@ -45,19 +47,15 @@ def fitted(sampling: Sampling, model: runs.Model) -> Sampling:
     return dataclasses.replace(sampling, max_tokens=model.max_tokens) if sampling.max_tokens == TRAINED else sampling
 
 
-def generator(model: runs.Model, sampling: Sampling, *, samples: int = 1) -> Callable:
-    """`task.make_generate` of an opened model.
-
-    Raises:
-      ValueError: a network that sees tokens on both sides, and names no mask token to fill in.
-    """
-    if not model.transformer.causal and model.mask_id is None:
-        raise ValueError("the network sees tokens on both sides and names no mask token; expected one that writes text")
-    options = {"samples": samples, "mask_id": model.mask_id, "block": model.block}
-    return task.make_generate(model.language_model, model.tokenizer, sampling, **options)
+def generator(
+    model: runs.Model, sampling: Sampling, *, samples: int = 1, unmasking: Unmasking | None = None
+) -> Callable:
+    """`task.make_generate` of an opened model; errors of `filling_of`."""
+    filling = filling_of(model.transformer, model.mask_id, model.block, unmasking or Unmasking())
+    return task.make_generate(model.language_model, model.tokenizer, sampling, samples=samples, filling=filling)
 
 
-def open_run(folder: str, *, sampling: Sampling, samples: int = 1) -> Speaker:
+def open_run(folder: str, *, sampling: Sampling, samples: int = 1, unmasking: Unmasking | None = None) -> Speaker:
     """Opens a model, by what `runs.load_model` takes, for prompts of any length its context holds.
 
     Prompts are padded to powers of two, so that few widths are compiled.
@@ -68,7 +66,7 @@ def open_run(folder: str, *, sampling: Sampling, samples: int = 1) -> Speaker:
     model = runs.load_model(folder)
     tokenizer = model.tokenizer
     sampling = fitted(sampling, model)
-    generate = generator(model, sampling, samples=samples)
+    generate = generator(model, sampling, samples=samples, unmasking=unmasking)
     room = model.transformer.max_length - sampling.max_tokens
     encode = partial(
         encode_prompts,

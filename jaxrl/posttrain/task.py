@@ -17,6 +17,7 @@ from jaxrl.data.split import split_by_problem
 from jaxrl.data.tokenizer import Tokenizer, load_tokenizer
 from jaxrl.nets.language_model import LanguageModel
 from jaxrl.posttrain import rewards
+from jaxrl.posttrain.filling import Filling
 from jaxrl.posttrain.rewards.exact import Answers
 from jaxrl.posttrain.rollout import Sampling, rollout
 from jaxrl.types import Labelled, Pairs, Prompts, Rollout, TokenBatch
@@ -133,22 +134,15 @@ def make_generate(
     sampling: Sampling,
     *,
     samples: int = 1,
-    mask_id: int | None = None,
-    block: int | None = None,
+    filling: Filling | None = None,
 ) -> Callable:
     """A compiled `(params, prompts, key) -> Rollout`; a chat model stops at the end of its turn.
 
-    With a `mask_id` completions are masks that are filled in, one token a pass, the most probable first; with `block`,
-    that of training, one block after the other, each seeing those before it.
+    With a `filling` completions are masks that are filled in.
     """
     ids: dict[str, Any] = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id, "samples": samples}
-    if mask_id is not None:
-        from jaxrl import diffusion  # which trains by what stands here
-
-        sampler = diffusion.generate
-        if block is not None:
-            sampler = partial(diffusion.generate_in_blocks, unmasking=diffusion.Unmasking(block=block))
-        return jax.jit(partial(sampler, model, sampling=sampling, mask_id=mask_id, **ids))
+    if filling is not None:
+        return jax.jit(partial(filling.sampler(), model, sampling=sampling, **ids))
 
     @jax.jit
     def generate(params, prompts: Prompts, key):

@@ -154,3 +154,11 @@ def test_what_is_for_decoders_is_refused(changes, mesh, message):
     assert isinstance(model, networks.Network)
     with pytest.raises(ValueError, match=message):
         other.step_of(model, dataclasses.replace(Plan("vit-b16", batch=8), **changes), axes(**mesh))
+
+
+@pytest.mark.parametrize("name", ["bert-base", "llada-8b"])
+def test_networks_that_see_both_sides_are_not_planned_as_if_they_wrote(name):
+    place = chips.topology("v5e:2x2")
+    with pytest.raises(ValueError, match="sees tokens on both sides: --task grpo"):
+        command.work_of(Plan(name, task="grpo", batch=8), place)
+    assert not command.work_of(Plan(name, batch=8), place).config.causal

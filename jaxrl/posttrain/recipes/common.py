@@ -19,8 +19,10 @@ from jaxrl.parallel import processes
 from jaxrl.posttrain import adapter as adapting
 from jaxrl.posttrain import apart, rewards, task, update
 from jaxrl.posttrain.adapter import AdapterOptions
+from jaxrl.posttrain.filling import DiffusionOptions, Filling, filling_of
 from jaxrl.posttrain.rollout import Sampling
 from jaxrl.posttrain.task import score_texts as score_texts
+from jaxrl.posttrain.unmasking import Unmasking
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,8 @@ class ModelConfig:
 def network(options: ModelConfig, vocab_size: int, max_length: int) -> TransformerConfig:
     """The decoder that the options describe.
 
+    One that fills in masks has one token more than the vocabulary, the last.
+
     Raises:
       ValueError: `like` names no decoder.
     """
@@ -62,11 +66,9 @@ def network(options: ModelConfig, vocab_size: int, max_length: int) -> Transform
     from jaxrl import networks
 
     config = networks.find(options.like).config
-    if not isinstance(config, TransformerConfig) or not config.causal:
-        raise ValueError(
-            f"--model.like {options.like} is no decoder that reads from left to right; `jaxrl nets --family decoder` "
-            "lists them, and LLaDA"
-        )
+    if not isinstance(config, TransformerConfig):
+        raise ValueError(f"--model.like {options.like} is no decoder; `jaxrl nets --family decoder` lists them")
+    vocab_size += not config.causal  # the mask
     return presets.shrunk(config, vocab_size, max_length=max_length, **given)
 
 
@@ -125,6 +127,8 @@ class Setup(NamedTuple):
 
     `sampler`: the mesh to sample on, where it is another.
 
+    `filling`: of a network that fills in masks; None: it writes from left to right.
+
     `base`: the functions of the model that is started from, `initial` makes its parameters. `origin`: what
     `runs.load_model` must know to put an adapter's base back.
     """
@@ -138,6 +142,7 @@ class Setup(NamedTuple):
     origin: dict[str, Any] | None = None
     zero: int = 3
     sampler: Any = None
+    filling: Filling | None = None
 
     @property
     def model(self) -> LanguageModel:
@@ -237,6 +242,7 @@ def prepare(
                 f"--tokenizer {run.tokenizer} is not that of the model of {run.init}, whose ids mean something else; "
                 "leave it out to use the model's own"
             )
+    filling = _filling(run, start, transformer)
     if run.cache:
         transformer = dataclasses.replace(transformer, cache_dtype=run.cache)
     mesh, sampler = parallel.make_mesh(run.mesh) if run.mesh and not sampler_mesh else None, None
@@ -245,7 +251,8 @@ def prepare(
     model, key = _model(transformer, mesh, run.zero), jax.random.key(run.seed)
     origin = runs.origin(run.adapter, run.init, start.params) if start and adapter is not None else None
     # one program in both cases, so that a resumed run gets the very same numbers
-    setup = Setup(work, model, transformer, lambda: jax.jit(model.init)(key), mesh, adapter, origin, run.zero, sampler)
+    begin = lambda: jax.jit(model.init)(key)
+    setup = Setup(work, model, transformer, begin, mesh, adapter, origin, run.zero, sampler, filling)
     if start:
         params = run.adapter.frozen(start.params)
         laid_out = lambda: processes.everywhere(params, setup.shardings(params))
@@ -256,12 +263,33 @@ def prepare(
     return setup
 
 
+def _filling(run: RunOptions, start: runs.Model | None, transformer: TransformerConfig) -> Filling | None:
+    """How the network writes, by the options of runs that know of both ways."""
+    options = getattr(run, "diffusion", None)
+    mask_id, block = (start.mask_id, start.block) if start else (None, None)
+    if start is None and not transformer.causal:
+        mask_id = transformer.vocab_size - 1
+    if mask_id is not None and options is None:
+        raise ValueError(
+            "the network fills in masks, and this training is of networks that write from left to right; expected one "
+            "of jaxrl train sft, dpo and grpo"
+        )
+    if options is not None and mask_id is None and options != DiffusionOptions():
+        raise ValueError("diffusion is for networks that fill in masks, and this one writes from left to right")
+    block = (options.block or block) if options else block
+    return filling_of(transformer, mask_id, block, getattr(run, "unmasking", Unmasking()))
+
+
 def _model(transformer: TransformerConfig, mesh: Any, zero: int) -> LanguageModel:
     return language_model(transformer) if mesh is None else parallel.model_on(transformer, mesh, zero=zero)
 
 
 def with_context(setup: Setup, length: int) -> Setup:
-    """The setup with a model that takes rows of `length` tokens; its parameters do not depend on that."""
+    """The setup with a model that takes rows of `length` tokens; its parameters do not depend on that.
+
+    Block diffusion reads a row twice at once, noisy and clean.
+    """
+    length *= 2 if setup.filling and setup.filling.block else 1
     if length <= setup.transformer.max_length:
         return setup
     transformer = dataclasses.replace(setup.transformer, max_length=length)
@@ -319,7 +347,7 @@ def greedy_evaluation(
     """
     prompts = task.prompts_of(setup.task.held_out, setup.task.tokenizer)
     greedy = Sampling(temperature=0.0, max_tokens=max_tokens)
-    generate = generate or task.make_generate(setup.model, setup.task.tokenizer, greedy)
+    generate = generate or task.make_generate(setup.model, setup.task.tokenizer, greedy, filling=setup.filling)
 
     def evaluate(params):
         completions = processes.fetch(generate(params, prompts, jax.random.key(0)))

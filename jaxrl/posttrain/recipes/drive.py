@@ -209,6 +209,7 @@ def _begin(folder: Path, kind: str, run: RunOptions, setup: Setup, *, max_tokens
         max_tokens=max_tokens,
         example=example if isinstance(example, str) else "",
         origin=setup.origin,
+        masks=None if setup.filling is None else {"token": setup.filling.mask_id, "block": setup.filling.block},
     )
     runs.write_config(folder, kind, run)
     return zlib.crc32((folder / runs.CONFIG).read_bytes())

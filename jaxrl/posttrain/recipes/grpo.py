@@ -13,6 +13,7 @@ from jaxrl import parallel
 from jaxrl.display import Display
 from jaxrl.posttrain import adapter, apart, grpo, rewards, shared_prefix, task, tools, turns, update
 from jaxrl.posttrain import partial as partial_rollouts
+from jaxrl.posttrain.filling import DiffusionOptions
 from jaxrl.posttrain.grpo import GRPOConfig
 from jaxrl.posttrain.partial import PartialConfig
 from jaxrl.posttrain.recipes.common import (
@@ -31,7 +32,11 @@ from jaxrl.posttrain.recipes.common import (
 )
 from jaxrl.posttrain.recipes.drive import drive
 from jaxrl.posttrain.rollout import Sampling
+from jaxrl.posttrain.unmasking import Unmasking
 from jaxrl.types import Rollout
+
+MASKED = (1 << 30) + 7
+"""Folded into a run's key for the masks under which a network that fills them in is scored."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +73,8 @@ class GRPORun(RunOptions):
         default_factory=lambda: update.OptimizerConfig(learning_rate=5e-5, warmup_steps=10)
     )
     grpo: GRPOConfig = dataclasses.field(default_factory=GRPOConfig)
+    diffusion: DiffusionOptions = dataclasses.field(default_factory=DiffusionOptions)
+    unmasking: Unmasking = dataclasses.field(default_factory=Unmasking)
 
     def __post_init__(self):
         if self.tool_form not in tools.FORMS:
@@ -177,6 +184,14 @@ def _apart(run: GRPORun, setup: Setup, recipe: grpo.GRPO, reward: Callable) -> t
 def _make(run: GRPORun, setup: Setup, prompt_width: int, model, optimizer, **options) -> grpo.GRPO:
     """The recipe's functions; with tools, `sample` only asks, and `turns.sampler` goes on."""
     tokenizer = setup.task.tokenizer
+    if setup.filling:
+        if run.tools or run.partial or run.sampler_mesh:
+            raise ValueError(
+                "the network fills in masks, whole completions at a time and where it trains; leave out tools, "
+                "segment, repetition and sampler_mesh"
+            )
+        options |= setup.filling.grpo(run.diffusion, jax.random.fold_in(jax.random.key(run.seed), MASKED))
+        return grpo.make(run.grpo, model, optimizer, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, **options)
     ends: dict[str, Any] = {
         "eos_id": tokenizer.eos_id,
         "pad_id": tokenizer.pad_id,

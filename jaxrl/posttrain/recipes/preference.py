@@ -14,10 +14,12 @@ from jaxrl.data import preferences
 from jaxrl.display import Display
 from jaxrl.parallel import processes
 from jaxrl.posttrain import kto, preference, task, update
+from jaxrl.posttrain.filling import DiffusionOptions
 from jaxrl.posttrain.kto import KTOConfig
 from jaxrl.posttrain.preference import DPOConfig
 from jaxrl.posttrain.recipes.common import Evaluation, Outcome, RunOptions, Setup, prepare, with_context
 from jaxrl.posttrain.recipes.drive import drive
+from jaxrl.posttrain.unmasking import Unmasking
 from jaxrl.types import Labelled
 
 REFERENCE = "reference.npz"
@@ -39,6 +41,8 @@ class DPORun(RunOptions):
     width: int = 0
     """Tokens of a packed row; 0 takes the longest response with its prompt."""
     dpo: DPOConfig = dataclasses.field(default_factory=DPOConfig)
+    diffusion: DiffusionOptions = dataclasses.field(default_factory=DiffusionOptions)
+    unmasking: Unmasking = dataclasses.field(default_factory=Unmasking)
 
     def __post_init__(self):
         if self.width and not self.packing:
@@ -71,12 +75,19 @@ def train_dpo(run: DPORun, *, resume: bool = False, display: Display | None = No
     training, held_out = (
         task.pairs_of(records, setup.task.tokenizer) for records in (setup.task.training, setup.task.held_out)
     )
+    known = {}
+    if setup.filling:
+        if run.packing:
+            raise ValueError("packing is for networks that write from left to right, and this one fills in masks")
+        config, known = setup.filling.dpo(run.diffusion, run.dpo)
+        run = dataclasses.replace(run, dpo=config)
     if run.packing:
         training = jax.tree.map(jnp.asarray, preferences.pack_pairs(training, run.width))
     enough(run, "packed rows" if run.packing else "pairs", run.dpo.batch, setup, rows=len(training.chosen.tokens))
     setup = with_context(setup, max(pairs.chosen.tokens.shape[1] for pairs in (training, held_out)))
     rows, moving = run.dpo.batch // run.dpo.micro_batches, run.dpo.reference_every > 0
-    recipe = setup.recipe(run, partial(preference.make, run.dpo), rows=rows, moving_reference=moving)
+    make = partial(preference.make, run.dpo, **known)
+    recipe = setup.recipe(run, make, rows=rows, moving_reference=moving)
     data, seen = preference.Referenced(training), preference.Referenced(held_out)
     if run.dpo.needs_reference:
         stored = stored_reference(run, setup, recipe.reference, [(training,), (held_out,)], resume=resume)

@@ -6,9 +6,11 @@ from functools import partial
 from jaxrl.data.records import encode_examples
 from jaxrl.display import Display
 from jaxrl.posttrain import sft
+from jaxrl.posttrain.filling import DiffusionOptions
 from jaxrl.posttrain.recipes.common import Outcome, RunOptions, exact_evaluation, prepare, with_context
 from jaxrl.posttrain.recipes.drive import drive
 from jaxrl.posttrain.sft import SFTConfig
+from jaxrl.posttrain.unmasking import Unmasking
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +22,8 @@ class SFTRun(RunOptions):
     max_tokens: int = 64
     """Completion width in evaluation."""
     sft: SFTConfig = dataclasses.field(default_factory=SFTConfig)
+    diffusion: DiffusionOptions = dataclasses.field(default_factory=DiffusionOptions)
+    unmasking: Unmasking = dataclasses.field(default_factory=Unmasking)
 
 
 def train_sft(run: SFTRun, *, resume: bool = False, display: Display | None = None) -> Outcome:
@@ -43,7 +47,10 @@ def train_sft(run: SFTRun, *, resume: bool = False, display: Display | None = No
         fate = {"drop": "dropped", "cut": "cut"}[run.sft.overlong]
         (display or Display()).note(f"{overlong} examples are longer than {run.sft.width} tokens and were {fate}")
     setup = with_context(setup, examples.tokens.shape[1])
-    recipe = setup.recipe(run, partial(sft.make, run.sft), rows=run.sft.batch // run.sft.micro_batches)
+    known, packed = {}, run.sft.packing
+    if setup.filling:
+        known = setup.filling.sft(run.diffusion, eos_id=setup.task.tokenizer.eos_id, packed=packed)
+    recipe = setup.recipe(run, partial(sft.make, run.sft, **known), rows=run.sft.batch // run.sft.micro_batches)
     evaluation = None
     if all("answer" in record and "prompt" in record for record in setup.task.held_out):
         evaluation = exact_evaluation(setup, run.max_tokens)
