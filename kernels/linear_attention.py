@@ -361,8 +361,19 @@ def _empty(k, v):
     return k[..., :, None] * v[..., None, :]
 
 
+def divided(o: jax.Array, eps: float) -> jax.Array:
+    """o [..., Dv + 1] -> [..., Dv], divided by its last number + eps.
+
+    Both are brought to a size of about 1 first: a gradient divides by the square of the sum, which float32 has no
+    number for where weights are as tiny as those of random features.
+    """
+    total = o[..., -1:] + eps
+    size = lax.stop_gradient(jnp.where(total == 0, 1.0, total))
+    return (o[..., :-1] / size) / (total / size)
+
+
 def _finish(o, normalise, eps):
-    return o[..., :-1] / (o[..., -1:] + eps) if normalise else o
+    return divided(o, eps) if normalise else o
 
 
 def _check(name, q, k, v, log_decay, segments, valid, normalise, state) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """Linear attention in a decoder layer: feature maps, norms, decays and gates of the published forms, and the state that
 takes the place of a cache of keys and values."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxrl.kernels.linear_attention import linear_attention
+from jaxrl.kernels.linear_attention import divided, linear_attention
 from jaxrl.nets.attention import Attention
 from jaxrl.nets.cache import Slot, read_state, write_state
 from jaxrl.nets.documents import documents
@@ -59,7 +60,7 @@ class LinearConfig:
     random: int = 256  # features of the random maps
     orthogonal: bool = True  # their directions, in blocks of head_dim; False: independent ones
     row_norms: Literal["chi", "sqrt"] = "chi"  # lengths of orthogonal directions: those of normal vectors, or sqrt(Dh)
-    eps: float | None = None  # beside the sum of weights, and in the norm; None: 1e-6, of "performer" 1e-12
+    eps: float | None = None  # beside the sum of weights, and in the norm; None: 1e-6, of "performer" 1e-30
     implementation: Literal["chunked", "recurrent"] | None = None  # of `kernels.linear_attention`; None: its choice
 
     def __post_init__(self):
@@ -76,14 +77,19 @@ class LinearConfig:
 
     @property
     def own_eps(self) -> float:
-        """eps as a number: positive features may be tiny."""
-        return (1e-12 if self.features == "performer" else 1e-6) if self.eps is None else self.eps
+        """eps as a number: sums of positive features may be tiny."""
+        return (1e-30 if self.features == "performer" else 1e-6) if self.eps is None else self.eps
+
+    @property
+    def stabilised(self) -> bool:
+        """Are keys' features divided by the largest so far? A ratio does not notice it."""
+        return self.features == "performer" and self.normalise
 
     def state(self, heads: int, kv_heads: int, head_dim: int) -> tuple[int, int, int]:
-        """Shape of one row's state: heads, features of a key, numbers of a value (and of the sum of weights)."""
+        """Shape of one row's state: heads, features of a key, numbers of a value (the sum of weights, its scale)."""
         own = heads if self.decay != "none" else self.kv_heads or kv_heads
         features = self.random if self.features in RANDOM else head_dim
-        return own, features, head_dim + self.normalise
+        return own, features, head_dim + self.normalise + self.stabilised
 
 
 def random_projection(
@@ -105,7 +111,15 @@ def random_projection(
     return rows * jnp.linalg.norm(jax.random.normal(other, (features, size)), axis=1, keepdims=True)
 
 
-def positive_features(x: jax.Array, w: jax.Array, *, largest: bool = False) -> jax.Array:
+def log_features(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Logarithms of FAVOR+'s features but for their common factor, w x' - |x'|^2 / 2 of `positive_features`."""
+    x = x.astype(jnp.float32) * x.shape[-1] ** -0.25
+    return x @ w.T - jnp.sum(jnp.square(x), axis=-1, keepdims=True) / 2
+
+
+def positive_features(
+    x: jax.Array, w: jax.Array, *, largest: bool = False, scale: jax.Array | None = None
+) -> jax.Array:
     """FAVOR+: phi(x) with E phi(q) . phi(k) = exp(q . k / sqrt(Dh)) over standard normal rows of w.
 
         phi(x) = exp(w x' - |x'|^2 / 2) / sqrt(m),   x' = x / Dh^(1/4)
@@ -113,18 +127,53 @@ def positive_features(x: jax.Array, w: jax.Array, *, largest: bool = False) -> j
     Args:
       x: [..., Dh].
       w: [m, Dh].
-      largest: divide each vector by its largest feature, which a ratio notices by its eps alone: for queries. Keys keep
-        their scale, so that no key knows of another and causality is strict; exp(|w|^2 / 2) bounds a feature, and
-        float32 holds that up to heads of about 128.
+      largest: divide each vector by its largest feature, which a ratio notices by its eps alone: for queries.
+      scale: [..., 1], logarithms by which to divide: for keys, `running_largest`. Without, features of keys of length 32
+        are about 1e-11 in a head of 64.
 
     Returns:
       [..., m] float32.
     """
-    x = x.astype(jnp.float32) * x.shape[-1] ** -0.25
-    power = x @ w.T - jnp.sum(jnp.square(x), axis=-1, keepdims=True) / 2
+    power = log_features(x, w)
     if largest:
-        power = power - jax.lax.stop_gradient(jnp.max(power, axis=-1, keepdims=True))
+        scale = jnp.max(power, axis=-1, keepdims=True)
+    if scale is not None:
+        power = power - jax.lax.stop_gradient(scale)
     return jnp.exp(power) * w.shape[0] ** -0.5
+
+
+def running_largest(
+    largest: jax.Array, starts: jax.Array | None = None, before: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The largest so far in each document, and what a sum must decay by to follow it.
+
+        m_t = max(m_{t-1}, largest_t),   log decay = m_{t-1} - m_t
+
+    The paper's code divides all keys by the largest feature of the sequence; with this running one no token's numbers
+    depend on later ones, and a sum over keys S_t / exp(m_t) neither overflows nor dies out.
+
+    Args:
+      largest: [B, T, H].
+      starts: bool [B, T], where documents begin, at which the decay is 0; None: nowhere.
+      before: [B, H], m before the first token; None, or -inf: none.
+
+    Returns:
+      (m, log decay), float32 [B, T, H].
+    """
+    first = jnp.full_like(largest[:, :1], -jnp.inf) if before is None else before[:, None]
+    values = jnp.concatenate([first, largest], axis=1)
+    if starts is None:
+        m = jax.lax.cummax(values, axis=1)
+    else:
+
+        def joined(a, b):
+            return a[0] | b[0], jnp.where(b[0], b[1], jnp.maximum(a[1], b[1]))
+
+        anew = jnp.pad(starts, ((0, 0), (1, 0)))[..., None]
+        m = jax.lax.associative_scan(joined, (jnp.broadcast_to(anew, values.shape), values), axis=1)[1]
+    last = m[:, :-1]
+    fresh = jnp.isneginf(last) if starts is None else jnp.isneginf(last) | starts[..., None]
+    return m[:, 1:], jnp.where(fresh, 0.0, last - m[:, 1:])
 
 
 def relu_features(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -147,6 +196,38 @@ def redraw(config: LinearConfig, params: Any, key: jax.Array) -> Any:
         return draw(jax.random.split(own, leaf.shape[:-2])).astype(leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+REDRAWN = (1 << 30) + 5
+"""Folded into a run's key for new projections, beside the step's number."""
+
+
+def redraw_every(step: Callable, n: int, config: LinearConfig) -> Callable:
+    """A loop's step that draws the projections anew before step n, 2n, 3n ... (arXiv:2009.14794, section 2.4).
+
+    Any loop whose state has `step`, `key` and `params` takes it in the step's place; what is drawn follows from the
+    state alone, so a resumed run is the uninterrupted one.
+
+    Args:
+      step: `(state, data) -> (state, metrics)`.
+      n: steps between draws; 1000 in the authors' code.
+      config: of the layers.
+
+    Raises:
+      ValueError: n below 1, or a form without random features.
+    """
+    if n < 1 or config.features not in RANDOM:
+        raise ValueError(
+            f"redraw_every {n} steps with features {config.features!r}: expected n >= 1 and one of {RANDOM}"
+        )
+
+    def with_new(state, *data):
+        key = jax.random.fold_in(jax.random.fold_in(state.key, REDRAWN), state.step)
+        due = (state.step > 0) & (state.step % n == 0)
+        params = jax.lax.cond(due, lambda p: redraw(config, p, key), lambda p: p, state.params)
+        return step(replace(state, params=params), *data)
+
+    return with_new
 
 
 def log_decays(kind: str, heads: int, layer: jax.Array | int, layers: int) -> jax.Array | None:
@@ -178,7 +259,7 @@ def both_ways(q, k, v, starts, **options) -> jax.Array:
     after: Any = linear_attention(back(q), back(k), back(v), segments=back(ids), **options)
     spread = lambda x: jnp.repeat(x, q.shape[2] // x.shape[2], axis=2)
     o = before + back(after) - jnp.sum(q * spread(k), axis=-1, keepdims=True) * spread(v)
-    return o[..., :-1] / (o[..., -1:] + eps) if normalise else o
+    return divided(o, eps) if normalise else o
 
 
 class LinearAttention(Attention):
@@ -192,7 +273,7 @@ class LinearAttention(Attention):
 
     Parameters: those of `Attention`; with a norm out_norm/scale [Dh] or [H Dh], with a gate gate/kernel [D, H Dh], with
     random features projection [random, Dh] float32. That one is a constant to gradients: it is drawn by init, lies in
-    checkpoints, and `redraw` draws it anew, between updates so that sampler and trainer hold the same.
+    checkpoints, and `redraw_every` draws it anew, between updates so that sampler and trainer hold the same.
     """
 
     linear: LinearConfig = LinearConfig()
@@ -204,7 +285,6 @@ class LinearAttention(Attention):
         c, types = self.linear, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         b, t, _ = x.shape
         q, k, v = self.projected(x, *((cos, sin) if c.rotary else (None, None)))
-        q, k = self._features(q, k)
         v = MAPS[c.values](v)
         offset = 0 if slot is None else slot.length
         if slot is None:
@@ -217,17 +297,30 @@ class LinearAttention(Attention):
                 f"linear attention with decay {c.decay!r} and {'no' if slot is None else 'a'} cache got a mask without "
                 "Causal: a state and its decay know only what came before; give Causal() & the mask"
             )
-        if causal:
-            options |= {
-                "log_decay": log_decays(c.decay, self.heads, layer, self.layers),
-                "segments": None if starts is None or t == 1 else jnp.cumsum(starts, axis=1, dtype=jnp.int32),
-                "implementation": c.implementation,
-            }
+        state = None
         if slot is not None:
             state = read_state(slot)
             if starts is not None:
                 state = jnp.where(starts[:, 0, None, None, None], 0.0, state)
-            y, state = linear_attention(q, k, v, state=state, return_state=True, **options)
+        scales = None
+        if c.features in RANDOM:
+            q, k, scales = self._random_features(q, k, causal, starts, state)
+        else:
+            q, k = MAPS[c.features](q), MAPS[c.features](k)
+        if causal:
+            options |= {
+                "log_decay": self._log_decay(layer, scales),
+                "segments": None if starts is None or t == 1 else jnp.cumsum(starts, axis=1, dtype=jnp.int32),
+                "implementation": c.implementation,
+            }
+        if slot is not None:
+            assert state is not None
+            given = state if scales is None else state[..., :-1]
+            y, state = linear_attention(q, k, v, state=given, return_state=True, **options)
+            if scales is not None:
+                last = jnp.repeat(scales[0][:, -1], state.shape[1] // scales[0].shape[2], axis=1)
+                last = jnp.broadcast_to(last[..., None, None], (*state.shape[:3], 1))
+                state = jnp.concatenate([state, last], axis=-1)
             slot = write_state(slot, state)
         elif causal or starts is None:
             y = linear_attention(q, k, v, causal=causal, **options)
@@ -235,16 +328,40 @@ class LinearAttention(Attention):
             y = both_ways(q, k, v, starts, **options)
         return self._out(x, y.astype(self.dtype), types), slot
 
-    def _features(self, q, k):
+    def _random_features(self, q, k, causal, starts, state):
+        """Mapped queries and keys, and `running_largest` of the keys where a ratio does not notice it."""
         c, size = self.linear, self.head_dim
-        if c.features not in RANDOM:
-            return MAPS[c.features](q), MAPS[c.features](k)
         options = {"orthogonal": c.orthogonal, "row_norms": c.row_norms}
         w = self.param("projection", lambda key: random_projection(key, c.random, size, **options))
         w = jax.lax.stop_gradient(w)
         if c.features == "performer_relu":
-            return relu_features(q, w), relu_features(k, w)
-        return positive_features(q, w, largest=True), positive_features(k, w)
+            return relu_features(q, w), relu_features(k, w), None
+        query = positive_features(q, w, largest=True)
+        if not c.stabilised:
+            return query, positive_features(k, w), None
+        largest = jax.lax.stop_gradient(jnp.max(log_features(k, w), axis=-1))
+        if causal:
+            before = None
+            if state is not None:  # zeros where nothing was written
+                before = jnp.where(jnp.any(state[..., -2] != 0, axis=-1), state[..., 0, -1], -jnp.inf)
+                before = before[:, :: before.shape[1] // largest.shape[2]]
+            m, decay = running_largest(largest, starts, before)
+            return query, positive_features(k, w, scale=m[..., None]), (m, decay)
+        if starts is None:
+            m = jnp.max(largest, axis=1, keepdims=True)
+        else:  # of the whole document
+            ends = jnp.flip(jnp.roll(starts, -1, axis=1).at[:, -1].set(True), axis=1)
+            m = running_largest(jnp.flip(running_largest(largest, starts)[0], axis=1), ends)[0]
+            m = jnp.flip(m, axis=1)
+        return query, positive_features(k, w, scale=m[..., None]), None
+
+    def _log_decay(self, layer, scales):
+        """Of the config, and of the keys' scales [B, T, heads of keys]."""
+        own = log_decays(self.linear.decay, self.heads, layer, self.layers)
+        if scales is None:
+            return own
+        decay = scales[1]
+        return decay if own is None else jnp.repeat(decay, self.heads // decay.shape[2], axis=2) + own[None, None]
 
     def _out(self, x, y, types):
         c, whole = self.linear, (*x.shape[:2], self.heads * self.head_dim)

@@ -320,7 +320,7 @@ def linear_transformer(vocab_size: int, width: int, layers: int, **changes) -> T
 
 def performer(vocab_size: int, width: int, layers: int, **changes) -> TransformerConfig:
     """`llama_like` with FAVOR+ and 256 orthogonal features (Choromanski et al. 2020, arXiv:2009.14794)."""
-    return llama_like(vocab_size, width, layers, **({"linear": LinearConfig("performer", eps=1e-12)} | changes))
+    return llama_like(vocab_size, width, layers, **({"linear": LinearConfig("performer")} | changes))
 
 
 def retnet_like(vocab_size: int, width: int, layers: int, **changes) -> TransformerConfig:

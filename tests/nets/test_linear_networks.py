@@ -44,7 +44,7 @@ RETENTION = LinearConfig("identity", normalise=False, norm="heads", decay="reten
 NORM = LinearConfig("elu+1", normalise=False, norm="all")
 FORMS = {
     "linear": {"linear": LinearConfig()},
-    "performer": {"linear": LinearConfig("performer", random=8, eps=1e-12)},
+    "performer": {"linear": LinearConfig("performer", random=8)},
     "performer_relu": {"linear": LinearConfig("performer_relu", random=8, kv_heads=4), "positions": "learned"},
     "retention": {"linear": RETENTION},
     "lightning": {"linear": LIGHTNING, "linear_layers": (0, 2), "residual": 1.5, "embed_norm": True,
