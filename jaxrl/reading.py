@@ -129,7 +129,10 @@ def bank_of(
     if how is None:
         raise ValueError("the folder has no preprocessor_config.json, which says how pictures are prepared")
     if how.area is None and how.patches is None:
-        raise ValueError("the preprocessor_config.json does not say how large pictures become: prepare and pack them")
+        raise ValueError(
+            "the preparation does not say how large pictures become (do_resize is false, or Kimi-K2.5): prepare and pack "
+            "them yourself"
+        )
     tower = config.vision
     rows = [[prepare_native(how, tower, as_bytes(picture)) for picture in row] for row in pictures]
     counts = [sum(x.shape[0] * x.shape[1] // tower.patch**2 for x in row) for row in rows]

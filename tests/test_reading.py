@@ -157,6 +157,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
         read(model, [MESSAGES], [PICTURES[:2]], length=100)
     with pytest.raises(ValueError, match="has no preprocessor_config.json"):
         read(model._replace(preparation=None), [MESSAGES], [PICTURES[:2]])
+    with pytest.raises(ValueError, match="does not say how large pictures become"):
+        read(model._replace(preparation=model.preparation._replace(area=None)), [MESSAGES], [PICTURES[:2]])
     with pytest.raises(ValueError, match="patch_size is 14, but the network's 2"):
         vision_language.preparation(model.config, "qwen2_vl", {"patch_size": 14})
     for shape, message in (((8, 8), "np.repeat"), ((8, 8, 4), "leave out the transparency"), ((8, 0, 3), "expected")):
@@ -169,6 +171,8 @@ def test_limits_are_read_as_the_published_files_write_them(tmp_path):
     of = lambda **said: vision_language.preparation(config, "qwen2_vl", said)
     assert of().area == (3136, 1003520) and of().method == "cubic" and of().mean == vision_language.CLIP["image_mean"]
     assert of(min_pixels=10, max_pixels=99).area == of(size={"shortest_edge": 10, "longest_edge": 99}).area == (10, 99)
+    later = vision_language.preparation(config, "kimi_k25", {"media_proc_cfg": {"image_std": [0.25] * 3}})
+    assert (later.mean, later.deviation, later.area, later.patches) == ((0.5,) * 3, (0.25,) * 3, None, None)
     with pytest.raises(ValueError, match="resized and cropped to one square"):
         chameleon.preparation({"size": {"shortest_edge": 256}})
     assert chameleon.preparation({}).scale == 0.0078

@@ -216,11 +216,16 @@ def preparation(config: VisionLanguageConfig, kind: str, said: Mapping[str, Any]
     Args:
       config: of the networks.
       kind: model type of the config.json.
-      said: the parsed file. Kimi-K2.5's does not say how large pictures become.
+      said: the parsed file. Of Kimi-K2.5's only the colours are read: how large its pictures become is not built here.
 
     Raises:
       ValueError: patches that are not the network's, or what `prepare.from_hugging_face` refuses.
     """
+    if kind == "kimi_k25":
+        half = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3}
+        return prepare.from_hugging_face(
+            {"resample": 3, **half, **said, **said.get("media_proc_cfg", {}), "size": None}
+        )
     v, size = config.vision, said.get("size")
     own = {
         "patch_size": v.patch,
@@ -235,8 +240,6 @@ def preparation(config: VisionLanguageConfig, kind: str, said: Mapping[str, Any]
         return found
     if kind == "kimi_vl":
         return found._replace(patches=said.get("in_token_limit", 4096), pad=said.get("pad_input", False))
-    if kind == "kimi_k25":
-        return found
     edges = size if isinstance(size, Mapping) else {}
     limit = lambda name, edge, default: said.get(name) or edges.get(edge) or edges.get(name) or default
     fewest = limit("min_pixels", "shortest_edge", 56 * 56)
