@@ -1,40 +1,50 @@
-"""How well boxes were found: average precision by the rules of PASCAL VOC 2007, VOC 2010 and COCO. NumPy alone.
+"""How well boxes or masks were found: average precision by the rules of PASCAL VOC 2007, VOC 2010 and COCO.
 
-Boxes are (x1, y1, x2, y2) in continuous coordinates. A detection of higher score chooses first; among equal scores the
-one that stands earlier does (COCO: that of the image with the smaller number, then the earlier).
+Boxes are (x1, y1, x2, y2) in continuous coordinates. Images are named by numbers, texts, tuples or whatever else can be
+hashed and sorted. A detection of higher score chooses first; among equal scores the one that stands earlier does (COCO:
+that of the image whose name sorts first, then the earlier). NumPy alone.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 COCO_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 COCO_AREAS = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
+PIXELS = 1 << 16
 COCO_LIMITS = (1, 10, 100)  # detections of an image and category that count
 
 
 class Detections(NamedTuple):
-    """Boxes that a detector gave. image, category: int [N]. box: float [N, 4]. score: float [N]."""
+    """Boxes or masks that a detector gave.
 
-    image: np.ndarray
+    image: [N]. category: int [N]. box: float [N, 4], or None where masks are judged. score: float [N]. mask: N of bool
+    [height, width], each of its image's size, or None where boxes are judged.
+    """
+
+    image: Any
     category: np.ndarray
-    box: np.ndarray
+    box: Any
     score: np.ndarray
+    mask: Sequence[np.ndarray] | None = None
 
 
 class Truths(NamedTuple):
-    """Boxes that there are.
+    """Boxes or masks that there are.
 
-    image, category: int [M]. box: float [M, 4]. ignored: bool [M], COCO's crowds and VOC's difficult objects, whose
-    detections count neither for nor against; None: none. area: float [M], by which COCO tells small, medium and large
-    (that of the mask, where there is one); None: of the box.
+    image: [M]. category: int [M]. box: float [M, 4], or None where masks are judged. ignored: bool [M], COCO's crowds
+    and VOC's difficult objects, whose detections count neither for nor against; None: none. area: float [M], by which
+    COCO tells small, medium and large (that of the mask, where there is one); None: of what is judged. mask: as that of
+    `Detections`.
     """
 
-    image: np.ndarray
+    image: Any
     category: np.ndarray
-    box: np.ndarray
+    box: Any
     ignored: np.ndarray | None = None
     area: np.ndarray | None = None
+    mask: Sequence[np.ndarray] | None = None
 
 
 class CocoTables(NamedTuple):
@@ -61,6 +71,21 @@ def iou(box: np.ndarray, other: np.ndarray, *, crowd: np.ndarray | None = None, 
     corner = np.maximum(box[:, None, :2], other[None, :, :2]), np.minimum(box[:, None, 2:], other[None, :, 2:])
     both = np.prod(np.clip(corner[1] - corner[0] + border, 0, None), axis=-1)
     own, others = (np.prod(x[:, 2:] - x[:, :2] + border, axis=-1) for x in (box, other))
+    return _ratio(both, own, others, crowd)
+
+
+def mask_iou(mask: np.ndarray, other: np.ndarray, *, crowd: np.ndarray | None = None) -> np.ndarray:
+    """`iou` of masks, bool [N, height, width] and [M, height, width] -> [N, M]."""
+    mask, other = (np.asarray(x, bool).reshape(len(x), int(np.prod(np.shape(x)[1:]))) for x in (mask, other))
+    both = np.zeros((len(mask), len(other)))
+    for at in range(0, mask.shape[1], PIXELS):  # sums that float32 has exactly, in bounded memory
+        both += mask[:, at : at + PIXELS].astype(np.float32) @ other[:, at : at + PIXELS].astype(np.float32).T
+    own, others = (np.sum(x, axis=1, dtype=float) for x in (mask, other))
+    return _ratio(both, own, others, crowd)
+
+
+def _ratio(both, own, others, crowd):
+    """Intersections [N, M] and areas [N], [M] -> IoU; over the area alone for a crowd."""
     union = own[:, None] + others[None] - both
     union = union if crowd is None else np.where(crowd[None], own[:, None], union)
     return np.divide(both, union, out=np.zeros_like(both), where=union > 0)
@@ -78,7 +103,7 @@ def nms(box: np.ndarray, score: np.ndarray, *, threshold: float) -> np.ndarray:
     Raises:
       ValueError: shapes that do not fit, or a score that is NaN.
     """
-    box, score = np.asarray(box, float), np.asarray(score, float)
+    box, score = _boxes(box), np.asarray(score, float)
     if score.ndim != 1 or box.shape != (len(score), 4) or np.isnan(score).any():
         raise ValueError(f"box has shape {box.shape}, score {score.shape}, expected [N, 4] and numbers [N]")
     left, kept = np.argsort(-score, kind="stable"), []
@@ -151,7 +176,7 @@ def voc_metrics(
     Returns:
       {"mAP": ..., "AP/CATEGORY": ...}, over the categories that have an object which is not ignored.
     """
-    detections, truths, ignored, _ = _checked(detections, truths)
+    detections, truths, ignored, _, _ = _checked(detections, truths)
     found = {}
     for category in np.unique(truths.category[~ignored]):
         mine, order = truths.category == category, np.argsort(-detections.score, kind="stable")
@@ -172,15 +197,22 @@ def voc_metrics(
     return {"mAP": float(np.mean(list(found.values()))) if found else float("nan"), **found}
 
 
-def coco_metrics(detections: Detections, truths: Truths) -> dict[str, float]:
-    """The twelve figures of COCO (Lin et al. 2014, arXiv:1405.0312), equal to those of pycocotools for boxes.
+def coco_metrics(detections: Detections, truths: Truths, *, masks: bool = False) -> dict[str, float]:
+    """The twelve figures of COCO (Lin et al. 2014, arXiv:1405.0312), equal to those of pycocotools for boxes and masks.
 
     AP is the mean over categories and over the thresholds 0.50, 0.55 ... 0.95 on `iou`, of the 100 best detections of
     an image and category; AP50 and AP75 are those of one threshold; AP_small, _medium and _large count objects of areas
     below 32^2, 96^2 and above. AR_1, AR_10 and AR_100 are the recall of so many detections; AR_small ... of 100.
     NaN stands where pycocotools says -1: there is no such object.
+
+    Args:
+      detections, truths: of all images; nothing at all may be given as [].
+      masks: whether masks are judged, by `mask_iou` (pycocotools: iouType "segm"), or boxes.
+
+    Raises:
+      ValueError: fields that do not fit each other, boxes that are none, or masks of several sizes in an image.
     """
-    _, precision, recall = coco_tables(detections, truths)
+    _, precision, recall = coco_tables(detections, truths, masks=masks)
 
     def mean(table, thresholds: Any = slice(None), area="all", limit=100):
         values = table[thresholds, :, list(COCO_AREAS).index(area), COCO_LIMITS.index(limit)]
@@ -197,15 +229,15 @@ def coco_metrics(detections: Detections, truths: Truths) -> dict[str, float]:
     }
 
 
-def coco_tables(detections: Detections, truths: Truths) -> CocoTables:
+def coco_tables(detections: Detections, truths: Truths, *, masks: bool = False) -> CocoTables:
     """What `coco_metrics` averages.
 
     In each image and category the 100 best detections choose in turn, at every threshold and for every range of areas:
-    the free object of largest `iou` that is not ignored; else an ignored one (outside the range, or a crowd, which
+    the free object of largest IoU that is not ignored; else an ignored one (outside the range, or a crowd, which
     any number may choose). Those that chose an ignored object, and those that found none and lie outside the range
     themselves, do not count.
     """
-    detections, truths, ignored, area = _checked(detections, truths)
+    detections, truths, ignored, area, found_area = _checked(detections, truths, masks)
     ranges = np.array(list(COCO_AREAS.values()))
     categories = np.unique(np.concatenate([detections.category, truths.category]))
     shape = (len(COCO_THRESHOLDS), len(categories), len(ranges), len(COCO_LIMITS))
@@ -217,8 +249,8 @@ def coco_tables(detections: Detections, truths: Truths) -> CocoTables:
             chosen = given[image][np.argsort(-detections.score[given[image]], kind="stable")[: max(COCO_LIMITS)]]
             objects = there.get(image, np.zeros(0, int))
             out = ignored[objects] | _outside(area[objects], ranges)
-            overlap = iou(detections.box[chosen], truths.box[objects], crowd=ignored[objects])
-            hit, count = _choose(overlap, ignored[objects], out, _outside(_area(detections.box[chosen]), ranges))
+            overlap = _overlap(detections, truths, chosen, objects, ignored[objects], masks)
+            hit, count = _choose(overlap, ignored[objects], out, _outside(found_area[chosen], ranges))
             scores.append(detections.score[chosen])
             ranks.append(np.arange(len(chosen)))
             hits.append(hit)
@@ -261,12 +293,28 @@ def _choose(overlap, crowd, out, away):
     return hit, count
 
 
+def _overlap(detections, truths, chosen, objects, crowd, masks):
+    if not masks:
+        return iou(detections.box[chosen], truths.box[objects], crowd=crowd)
+    if not len(objects):
+        return np.zeros((len(chosen), 0))
+    return mask_iou(
+        *(np.stack([x.mask[i] for i in at]) for x, at in ((detections, chosen), (truths, objects))), crowd=crowd
+    )
+
+
 def _by_image(image, mine):
     """{image: indices in it}, of those that are mine."""
     found: dict[int, list[int]] = {}
     for i in np.flatnonzero(mine):
         found.setdefault(int(image[i]), []).append(int(i))
     return {key: np.array(value) for key, value in found.items()}
+
+
+def _boxes(box):
+    """As floats; nothing at all as [0, 4]."""
+    box = np.asarray(box, float)
+    return box.reshape(-1, 4) if box.shape == (0,) else box
 
 
 def _area(box):
@@ -278,25 +326,76 @@ def _outside(area, ranges):
     return (area[None] < ranges[:, :1]) | (area[None] > ranges[:, 1:])
 
 
-def _checked(detections, truths):
-    """Both as arrays, which truths are ignored, and their areas."""
-    detections = Detections(*map(np.asarray, detections))
-    truths = Truths(*map(np.asarray, truths[:3]), *truths[3:])
-    for name, given in (("detections", detections), ("truths", truths)):
-        n, box = len(given.image), np.asarray(given.box, float)
-        lengths = [np.shape(x) for x in given if x is not None]
-        if lengths[0] != (n,) or box.shape != (n, 4) or any(shape[:1] != (n,) for shape in lengths):
-            raise ValueError(f"{name} have fields of shapes {lengths}, expected [N], [N], [N, 4] and [N] of one N")
-        if not np.isfinite(box).all() or (box[:, 2:] < box[:, :2]).any():
-            worst = np.flatnonzero(~(box[:, 2:] >= box[:, :2]).all(axis=1) | ~np.isfinite(box).all(axis=1))[0]
+def _checked(detections, truths, masks=False):
+    """Both as arrays with numbered images, which truths are ignored, and the areas of truths and of detections."""
+    names, areas = ("detections", "truths"), []
+    numbers = _numbered(detections.image, truths.image)
+    known = [np.asarray(x.category) for x in (detections, truths)]
+    known = [mine if mine.size else mine.astype(known[1 - i].dtype) for i, mine in enumerate(known)]
+    given = [
+        x._replace(image=number, category=category, box=None if x.box is None else _boxes(x.box))
+        for x, number, category in zip((detections, truths), numbers, known, strict=True)
+    ]
+    for name, x in zip(names, given, strict=True):
+        what = "mask" if masks else "box"
+        if getattr(x, what) is None:
+            raise ValueError(f"{name} have no {what}, which is to be judged: give it, or masks={not masks}")
+        n = len(x.image)
+        rest = {key: np.shape(value) for key, value in x._asdict().items() if key != "mask" and value is not None}
+        if any(shape != ((n, 4) if key == "box" else (n,)) for key, shape in rest.items()):
             raise ValueError(
-                f"{name}: box {worst} is {box[worst]}, expected finite (x1, y1, x2, y2) with x1 <= x2 and y1 <= y2; "
-                "COCO's files have (x, y, width, height)"
+                f"{name} have fields of shapes {list(rest.values())}, expected [N], [N], [N, 4] and [N] of one N"
             )
-    if np.isnan(np.asarray(detections.score, float)).any():
-        raise ValueError(f"detections: score {np.flatnonzero(np.isnan(detections.score))[0]} is NaN, expected a number")
-    box = np.asarray(truths.box, float)
-    ignored = np.zeros(len(box), bool) if truths.ignored is None else np.asarray(truths.ignored, bool)
-    area = _area(box) if truths.area is None else np.asarray(truths.area, float)
-    detections = detections._replace(box=np.asarray(detections.box, float))
-    return detections, truths._replace(box=box), ignored, area
+        areas.append(_mask_areas(name, x) if masks else _box_areas(name, x.box))
+    if masks:
+        _check_sizes(given)
+    detections, truths = given
+    score = np.asarray(detections.score, float)
+    if np.isnan(score).any():
+        raise ValueError(f"detections: score {np.flatnonzero(np.isnan(score))[0]} is NaN, expected a number")
+    n = len(truths.image)
+    ignored = np.zeros(n, bool) if truths.ignored is None else np.asarray(truths.ignored, bool)
+    area = areas[1] if truths.area is None else np.asarray(truths.area, float)
+    return detections._replace(score=score), truths, ignored, area, areas[0]
+
+
+def _numbered(*images):
+    """The names of images as the numbers 0, 1, ... in their order, an array for each list."""
+    lists = [x.tolist() if isinstance(x, np.ndarray) else list(x) for x in images]
+    try:
+        number = {name: i for i, name in enumerate(sorted({name for names in lists for name in names}))}
+    except TypeError as error:
+        raise ValueError(
+            f"image has names that do not sort ({error}), expected [N] of one kind: int, str ..."
+        ) from error
+    return [np.array([number[name] for name in names], int) for names in lists]
+
+
+def _box_areas(name, box):
+    if not np.isfinite(box).all() or (box[:, 2:] < box[:, :2]).any():
+        worst = np.flatnonzero(~(box[:, 2:] >= box[:, :2]).all(axis=1) | ~np.isfinite(box).all(axis=1))[0]
+        raise ValueError(
+            f"{name}: box {worst} is {box[worst]}, expected finite (x1, y1, x2, y2) with x1 <= x2 and y1 <= y2; "
+            "COCO's files have (x, y, width, height)"
+        )
+    return _area(box)
+
+
+def _mask_areas(name, x):
+    shapes = [np.shape(mask) for mask in x.mask]
+    wrong = [i for i, shape in enumerate(shapes) if len(shape) != 2]
+    if len(shapes) != len(x.image) or wrong:
+        odd = f", mask {wrong[0]} of shape {shapes[wrong[0]]}" if wrong else ""
+        raise ValueError(f"{name} have {len(shapes)} masks{odd}, expected {len(x.image)}, each [height, width]")
+    return np.array([np.count_nonzero(mask) for mask in x.mask], float)
+
+
+def _check_sizes(given):
+    size: dict[int, tuple[int, ...]] = {}
+    for x in given:
+        for number, mask in zip(x.image, x.mask, strict=True):
+            if size.setdefault(int(number), np.shape(mask)) != np.shape(mask):
+                raise ValueError(
+                    f"masks of one image have sizes {size[int(number)]} and {np.shape(mask)}, expected one: resize "
+                    "them to the image"
+                )

@@ -5,7 +5,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxrl.detection import Detections, Truths, average_precision, coco_metrics, coco_tables, iou, nms, voc_metrics
+from jaxrl.detection import (
+    Detections,
+    Truths,
+    average_precision,
+    coco_metrics,
+    coco_tables,
+    iou,
+    mask_iou,
+    nms,
+    voc_metrics,
+)
 
 GOLDEN = Path(__file__).parent / "golden" / "detection.npz"
 HITS = np.array([1, 0, 1, 1, 0, 1, 0, 0, 1, 0], bool)
@@ -16,11 +26,26 @@ def stored():
     """(detections, truths, arrays) of the golden file."""
     with np.load(GOLDEN) as file:
         arrays = dict(file)
-    detections, truths = (
-        kind(**{name: arrays[f"{kind.__name__.lower()}/{name}"] for name in kind._fields})
-        for kind in (Detections, Truths)
+    return *both_of(arrays), arrays
+
+
+def both_of(arrays):
+    return tuple(
+        kind(**{k: arrays.get(f"{kind.__name__.lower()}/{k}") for k in kind._fields}) for kind in (Detections, Truths)
     )
-    return detections, truths, arrays
+
+
+@pytest.fixture(scope="module")
+def masks(stored):
+    """(detections, truths, arrays) of the golden file's masks."""
+    arrays = {name[6:]: value for name, value in stored[2].items() if name.startswith("masks/")}
+    detections, truths = both_of(arrays)
+    sizes = arrays["sizes"][np.concatenate([detections.image, truths.image]) - 1]
+    bits = np.unpackbits(arrays["bits"], count=int(sizes.prod(axis=1).sum())).astype(bool)
+    all_masks = np.split(bits, np.cumsum(sizes.prod(axis=1))[:-1])
+    all_masks = [mask.reshape(size) for mask, size in zip(all_masks, sizes, strict=True)]
+    n = len(detections.image)
+    return detections._replace(mask=all_masks[:n]), truths._replace(mask=all_masks[n:]), arrays
 
 
 @pytest.mark.parametrize("points, want", [(11, 0.5480), (None, 0.5317), (101, 0.5325)])
@@ -74,14 +99,49 @@ def test_coco_equals_pycocotools(stored):
     assert (arrays["recall"] == -1).any() and (arrays["recall"][:, 0, 0] == 0).all()
 
 
+def test_coco_of_masks_equals_pycocotools(masks):
+    detections, truths, arrays = masks
+    assert detections.box is None and truths.ignored.any()
+    _, precision, recall = coco_tables(detections, truths, masks=True)
+    for got, want in ((precision, arrays["precision"]), (recall, arrays["recall"])):
+        np.testing.assert_allclose(np.nan_to_num(got, nan=-1), want, atol=1e-12)
+    found = coco_metrics(detections, truths, masks=True)
+    np.testing.assert_allclose(list(found.values()), arrays["stats"], atol=1e-12)
+    assert 0.2 < found["AP"] < 0.9 and min(found[f"AP_{size}"] for size in ("small", "medium", "large")) > 0.1
+
+
+def test_iou_of_masks_and_crowds(monkeypatch):
+    draw = np.random.default_rng(0)
+    mask, other = draw.random((3, 20, 30)) < 0.3, draw.random((4, 20, 30)) < 0.6
+    mask[2] = False
+    crowd = np.array([True, False, False, True])
+    both = [[(a & b).sum() for b in other] for a in mask]
+    either = [[(a.sum() if c else (a | b).sum()) for b, c in zip(other, crowd, strict=True)] for a in mask]
+    want = np.array(both) / np.maximum(either, 1)
+    np.testing.assert_allclose(mask_iou(mask, other, crowd=crowd), want)
+    monkeypatch.setattr("jaxrl.detection.PIXELS", 7)
+    np.testing.assert_allclose(mask_iou(mask, other, crowd=crowd), want)
+    assert mask_iou(mask[:0], other).shape == (0, 4)
+
+
+@pytest.mark.parametrize("name", [lambda i: f"{i:03}.png", lambda i: (i // 4, i % 4), lambda i: i / 8])
+def test_images_may_have_any_names(stored, name):
+    detections, truths, arrays = stored
+    named = [x._replace(image=[name(int(i)) for i in x.image]) for x in (detections, truths)]
+    np.testing.assert_allclose(list(coco_metrics(*named).values()), arrays["stats"], atol=1e-12)
+    assert voc_metrics(*named) == voc_metrics(detections, truths)
+
+
 def test_coco_does_not_depend_on_order_where_nothing_is_equal(stored):
     detections, truths, _ = stored
-    truths = Truths(*(field[:-12] for field in truths))  # the last twelve are pairs that a detection overlaps alike
+    truths = Truths(*(field[:-12] for field in truths[:5]))  # the last twelve are pairs that a detection overlaps alike
     draw = np.random.default_rng(0)
     detections = detections._replace(score=detections.score + draw.uniform(0, 0.01, len(detections.score)))
     want = coco_tables(detections, truths).precision
     moved = [
-        type(x)(*(field[order] for field in x)) for x in (detections, truths) for order in [draw.permutation(len(x[0]))]
+        type(x)(*(field[order] for field in x if field is not None))
+        for x in (detections, truths)
+        for order in [draw.permutation(len(x[0]))]
     ]
     np.testing.assert_allclose(coco_tables(*moved).precision, want, atol=1e-12)
 
@@ -140,6 +200,13 @@ def test_nothing_at_all():
     assert np.isnan(voc_metrics(detections, truths)["mAP"])
     assert np.isnan(list(coco_metrics(detections, truths).values())).all()
     one = Truths(np.zeros(1, int), np.zeros(1, int), np.array([[0, 0, 50, 50.0]]))
+    nothing = Detections([], [], [], [])
+    assert coco_metrics(nothing, one) == pytest.approx(coco_metrics(detections, one), nan_ok=True)
+    assert coco_tables(nothing, one).categories.dtype == int
+    assert voc_metrics(nothing, one) == {"mAP": 0, "AP/0": 0} and nms([], [], threshold=0.5).shape == (0,)
+    masked = Truths(["a"], [0], None, mask=[np.ones((50, 50), bool)])
+    found = coco_metrics(nothing._replace(box=None, mask=[]), masked, masks=True)
+    assert found == pytest.approx(coco_metrics(nothing, one), nan_ok=True)
     found = coco_metrics(detections, one)
     assert found["AP"] == found["AR_1"] == found["AP_medium"] == 0 and np.isnan(found["AP_small"])
 
@@ -151,12 +218,30 @@ def test_nothing_at_all():
         ({"box": np.array([[5, 5, 2, 2.0]])}, "x1 <= x2"),
         ({"box": np.array([[0, 0, np.inf, 2.0]])}, "finite"),
         ({"score": np.array([np.nan])}, "score 0 is NaN"),
+        ({"box": None}, "detections have no box, which is to be judged: give it, or masks=True"),
+        ({"image": ["a"]}, "names that do not sort"),
+        ({"image": [[0]]}, "names that do not sort"),
     ],
 )
 def test_bad_input_is_refused(fields, message):
     good = Detections(np.zeros(1, int), np.zeros(1, int), np.array([[0, 0, 1, 1.0]]), np.ones(1))
     with pytest.raises(ValueError, match=message):
         coco_metrics(good._replace(**fields), Truths(*good[:3]))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (None, "detections have no mask"),
+        ([np.ones((4, 5), bool)] * 2, "detections have 2 masks, expected 1"),
+        ([np.ones(4, bool)], r"mask 0 of shape \(4,\), expected 1, each .height, width."),
+        ([np.ones((4, 6), bool)], r"sizes \(4, 6\) and \(4, 5\), expected one"),
+    ],
+)
+def test_bad_masks_are_refused(mask, message):
+    truths = Truths([0], [0], None, mask=[np.ones((4, 5), bool)])
+    with pytest.raises(ValueError, match=message):
+        coco_metrics(Detections([0], [0], None, [0.5], mask=mask), truths, masks=True)
 
 
 def test_bad_hits_are_refused():
