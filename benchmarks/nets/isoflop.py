@@ -9,6 +9,7 @@ and rate were chosen on seed 0 so that minima lie inside. A seed takes 3 to 4 mi
 
 import dataclasses
 import json
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,9 @@ from jaxrl.nets import presets
 from jaxrl.nets.language_model import language_model
 from jaxrl.posttrain import sft
 from jaxrl.types import TokenBatch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from training import ngram_nll
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +79,8 @@ def main():
         first, second, third = jax.random.split(key, 3)
         table = markov.chain(first, symbols=options.symbols, order=options.order)
         ids = markov.sample(second, table, rows=options.rows + 256, length=options.length)
-        floor = markov.entropy_rate(table)
+        floor, counted = markov.entropy_rate(table), ngram_nll(ids[256:], ids[:256], options.order + 1, first=1)
+        print(f"seed {seed}: counted n-grams of order {options.order + 1} are {counted - floor:.4f} over the floor")
         own = []
         for width in options.widths:
             program = jax.jit(partial(train, options, width))
@@ -94,10 +99,12 @@ def main():
         for c, best in zip(sorted(set(options.budgets)), found.minima, strict=True):
             print(f"| {seed} | {c:.1e} | {best.size:.3g} | {best.loss - floor:.4f} | {best.inside} |", flush=True)
         law = found.model
-        fits.append({"seed": seed, "seconds": time.perf_counter() - began, "floor": floor, **law._asdict()})
+        fits.append(
+            {"seed": seed, "seconds": time.perf_counter() - began, "floor": floor, "n-grams": counted, **law._asdict()}
+        )
         print(
             f"seed {seed}: M grows as C^{law.exponent:.3f} ({law.low:.3f} to {law.high:.3f}), R^2 {law.r_squared:.3f}, "
-            f"{fits[-1]['seconds']:.0f} s",
+            f"{took:.0f} s",
             flush=True,
         )
     setting = {name: value for name, value in vars(options).items() if name != "out"}

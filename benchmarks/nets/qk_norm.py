@@ -8,6 +8,7 @@ With gains of 1 it is at most sqrt(Dh) = 4. "log Z": the root mean square on hel
 """
 
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -21,6 +22,9 @@ from jaxrl.nets.rope import rotate
 from jaxrl.nets.transformer import Transformer, rotations
 from jaxrl.posttrain import sft, update
 from jaxrl.types import TokenBatch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from training import ngram_nll
 
 SIZES = {"width": 64, "layers": 4, "heads": 4, "kv_heads": 4, "ffn": 128, "max_length": 64}
 STEPS, LENGTH = 400, 32
@@ -42,12 +46,23 @@ def largest_logit(config, params, tokens):
     return jnp.max(jnp.where(causal[None, None, None], jnp.abs(scores), 0.0))
 
 
+def text(keys):
+    """Rows to learn from, and held-out ones."""
+    chain = markov.chain(keys[0], symbols=64, order=1)
+    return markov.sample(keys[1], chain, rows=2048, length=LENGTH), markov.sample(
+        keys[2], chain, rows=64, length=LENGTH
+    )
+
+
+def pairs(seed: int) -> float:
+    """The loss of counted pairs, the baseline."""
+    return ngram_nll(*text(jax.random.split(jax.random.key(seed), 5)), 2, first=1)
+
+
 def run(seed: int, *, rate: float, normed: bool, z_loss: float = 0.0) -> dict:
     """One training run."""
     keys = jax.random.split(jax.random.key(seed), 5)
-    chain = markov.chain(keys[0], symbols=64, order=1)
-    data = markov.sample(keys[1], chain, rows=2048, length=LENGTH)
-    held_out = markov.sample(keys[2], chain, rows=64, length=LENGTH)
+    data, held_out = text(keys)
     config = presets.tiny(64, **SIZES, qk_norm="heads" if normed else False)
     model = language_model(config)
     optimizer = update.make_optimizer(update.OptimizerConfig(learning_rate=rate))
@@ -69,15 +84,15 @@ def run(seed: int, *, rate: float, normed: bool, z_loss: float = 0.0) -> dict:
 
 def main() -> None:
     """Prints a row for each rate and seed, then for each seed the weights of the z-loss."""
-    print(
-        "| learning rate | seed | logit without | with norms | loss without | with norms |\n|---|---|---|---|---|---|"
-    )
+    print("| learning rate | seed | logit without | with norms | loss without | with | of pairs |\n" + "|---" * 7 + "|")
     found = []
     for rate in (3e-3, 3e-2):
         for seed in (0, 1, 2):
             plain, normed = (run(seed, rate=rate, normed=normed) for normed in (False, True))
             found += [plain, normed]
-            cells = (f"{plain['logit']:.1f}", f"{normed['logit']:.1f}", f"{plain['loss']:.3f}", f"{normed['loss']:.3f}")
+            plain["pairs"] = normed["pairs"] = pairs(seed)
+            figures = (plain["logit"], normed["logit"]), (plain["loss"], normed["loss"], plain["pairs"])
+            cells = (*(f"{x:.1f}" for x in figures[0]), *(f"{x:.3f}" for x in figures[1]))
             print(f"| {rate} | {seed} | {' | '.join(cells)} |", flush=True)
     heading = " | ".join(f"{what}, {weight}" for what in ("log Z", "loss") for weight in WEIGHTS)
     print(f"\n| seed | {heading} |\n|{'---|' * 7}")

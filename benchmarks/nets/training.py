@@ -1,14 +1,16 @@
-"""What the experiments with diffusion language models share: a run of masked or block diffusion on rows of tokens."""
+"""What the experiments with language models share: n-grams beside them, and runs of masked and block diffusion."""
 
 import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl import diffusion
 from jaxrl.nets.language_model import LanguageModel
 from jaxrl.posttrain import sft, update
+from jaxrl.text import ngram
 from jaxrl.types import TokenBatch
 
 
@@ -24,6 +26,17 @@ def optimizer(steps: int):
 def rows_of(tokens) -> TokenBatch:
     """Rows in which every token is learnt, [..., N, T]."""
     return TokenBatch(jnp.asarray(tokens), jnp.ones(tokens.shape))
+
+
+def ngram_nll(train, test, order: int, *, first: int = 0) -> float:
+    """Nats a token of rows [N, T] under an n-gram model of others: the row under which no network should fall.
+
+    Modified Kneser-Ney; first: columns that are left out, such as one that a network does not predict.
+    """
+    train, test = np.asarray(train), np.asarray(test)
+    model = ngram.smooth(ngram.count(train, order, vocab_size=int(train.max()) + 1))
+    known = np.concatenate([ngram.contexts(row, order) for row in test])
+    return float(-np.log(ngram.probability(model, known, test.reshape(-1))).reshape(test.shape)[:, first:].mean())
 
 
 def keys_of(seed):

@@ -44,27 +44,28 @@ class NGram(NamedTuple):
 
 
 def count(tokens: np.ndarray, order: int, *, vocab_size: int) -> Counts:
-    """Count the n-grams of one stream.
+    """Count the n-grams of one stream, or of rows that know nothing of each other.
 
     No padding: the first tokens have shorter contexts. Let texts in a stream end with a token of their own.
 
     Args:
-      tokens: `[T]` integers in [0, vocab_size).
+      tokens: `[T]`, or rows `[R, T]`, integers in [0, vocab_size).
       order: n.
       vocab_size: V.
     """
     tokens = _checked("count", tokens, vocab_size)
-    if order < 1 or len(tokens) < order:
-        raise ValueError(f"count: order is {order} and there are {len(tokens)} tokens; expected 1 <= order <= tokens")
-    rows = np.zeros(len(tokens) + 1, np.int64)  # of the n-gram of the order before that ends at each token
+    length = tokens.shape[1]
+    if order < 1 or not len(tokens) or length < order:
+        raise ValueError(f"count: order is {order} and there are {length} tokens; expected 1 <= order <= tokens")
+    rows = np.zeros((len(tokens), length + 1), np.int64)  # of the n-gram of the order before that ends at each token
     keys, counts, suffix = [], [], []
     for k in range(1, order + 1):
-        pairs = rows[:-1] * vocab_size + tokens[k - 1 :]
+        pairs = rows[:, :-1] * vocab_size + tokens[:, k - 1 :]
         found, first, inverse, times = np.unique(pairs, return_index=True, return_inverse=True, return_counts=True)
         keys.append(found)
         counts.append(times)
-        suffix.append(rows[1:][first])
-        rows = inverse
+        suffix.append(rows[:, 1:].reshape(-1)[first])
+        rows = inverse.reshape(pairs.shape)
     return Counts(vocab_size, tuple(keys), tuple(counts), tuple(suffix))
 
 
@@ -160,7 +161,7 @@ def probability(model: NGram, contexts: np.ndarray, words: np.ndarray) -> np.nda
     Returns:
       `[N]` float64.
     """
-    contexts, words = np.asarray(contexts, np.int64), _checked("probability", words, model.vocab_size)
+    contexts, words = np.asarray(contexts, np.int64), _stream("probability", words, model.vocab_size)
     if contexts.shape != (len(words), len(model.keys) - 1):
         raise ValueError(
             f"probability: contexts have the shape {contexts.shape}; expected {(len(words), len(model.keys) - 1)}: the "
@@ -182,15 +183,18 @@ def probability(model: NGram, contexts: np.ndarray, words: np.ndarray) -> np.nda
 
 
 def perplexity(model: NGram, tokens: np.ndarray) -> float:
-    """exp(-mean log P(token | the n - 1 before)) of a stream; inf where the model gives a token no probability.
+    """exp(-mean log P(token | the n - 1 before)) of a stream or of rows `[R, T]`, each of which begins anew.
+
+    inf where the model gives a token no probability.
 
     Of stupid back-off it is the same number of scores, which do not sum to 1: compare it with nothing else.
     """
     tokens = _checked("perplexity", tokens, model.vocab_size)
-    if not len(tokens):
+    if not tokens.size:
         raise ValueError("perplexity: there are no tokens; expected at least one")
+    known = np.concatenate([contexts(row, len(model.keys)) for row in tokens])
     with np.errstate(divide="ignore"):
-        return float(np.exp(-np.log(probability(model, contexts(tokens, len(model.keys)), tokens)).mean()))
+        return float(np.exp(-np.log(probability(model, known, tokens.reshape(-1))).mean()))
 
 
 def ngram_perplexity(
@@ -203,10 +207,10 @@ def ngram_perplexity(
     k: float = 1.0,
     weights: Sequence[float] | None = None,
 ) -> float:
-    """Perplexity of `test` under an n-gram model of `train`, both streams of tokens.
+    """Perplexity of `test` under an n-gram model of `train`, both streams of tokens or rows `[R, T]`.
 
     vocab_size: the largest id of both and 1 if not given. Jelinek-Mercer without weights: those that fit the last tenth
-    of `train` best after the rest of it.
+    of the stream `train` best after the rest of it.
     """
     size = vocab_size or int(max(np.max(train), np.max(test))) + 1
     if method == "jelinek-mercer" and weights is None:
@@ -222,7 +226,7 @@ def fit_weights(counts: Counts, held_out: np.ndarray, *, steps: int = 50) -> tup
     gives m_k the share that order k had in the tokens' probabilities, and the held-out likelihood never falls. Then
     l_n = m_n / (m_0 + ... + m_n), which leaves the rest to the orders below.
     """
-    held_out = _checked("fit_weights", held_out, counts.vocab_size)
+    held_out = _stream("fit_weights", held_out, counts.vocab_size)
     order, size = len(counts.keys), counts.vocab_size
     history = contexts(held_out, order)
     likely = np.zeros((len(held_out), order + 1))
@@ -253,7 +257,7 @@ def contexts(tokens: np.ndarray, order: int) -> np.ndarray:
 
 
 def _continuations(counts: Counts, n: int) -> np.ndarray:
-    """N1+(. g): how many different words stand before each n-gram; its count where it only begins the stream."""
+    """N1+(. g): how many different words stand before each n-gram; its count where it only begins rows."""
     before = np.bincount(counts.suffix[n], minlength=len(counts.keys[n - 1]))
     return np.where(before > 0, before, counts.counts[n - 1])
 
@@ -288,11 +292,20 @@ def _find(keys: np.ndarray, rows: np.ndarray, words: np.ndarray, size: int) -> n
     return np.where((rows >= 0) & (words >= 0) & (keys[at] == wanted), at, -1)
 
 
-def _checked(name: str, tokens: np.ndarray, size: int) -> np.ndarray:
+def _stream(name: str, tokens: np.ndarray, size: int) -> np.ndarray:
+    """One stream `[T]`."""
     tokens = np.asarray(tokens)
-    if tokens.ndim != 1 or (tokens.size and not np.issubdtype(tokens.dtype, np.integer)):
+    if tokens.ndim != 1:
         raise ValueError(f"{name}: tokens are {tokens.dtype} of shape {tokens.shape}; expected [T] integers")
+    return _checked(name, tokens, size)[0]
+
+
+def _checked(name: str, tokens: np.ndarray, size: int) -> np.ndarray:
+    """Rows `[R, T]`, a stream being one."""
+    tokens = np.asarray(tokens)
+    if tokens.ndim not in (1, 2) or (tokens.size and not np.issubdtype(tokens.dtype, np.integer)):
+        raise ValueError(f"{name}: tokens are {tokens.dtype} of shape {tokens.shape}; expected [T] or [R, T] integers")
     if tokens.size and (tokens.min() < 0 or tokens.max() >= size):
         wrong = tokens[(tokens < 0) | (tokens >= size)][0]
         raise ValueError(f"{name}: token {wrong} is outside [0, {size}); map unknown words to a token of their own")
-    return tokens.astype(np.int64)
+    return np.atleast_2d(tokens.astype(np.int64))

@@ -135,6 +135,26 @@ def test_the_first_tokens_have_shorter_contexts():
         np.testing.assert_allclose(found, expected)
 
 
+@pytest.mark.parametrize("method", NORMALISED)
+def test_rows_know_nothing_of_each_other(method):
+    """Rows are counted as streams of which no n-gram goes from one to the next: by the oracle, on their n-grams."""
+    rng = np.random.default_rng(3)
+    rows = np.minimum(rng.geometric(0.4, (30, 6)), 4) - 1
+    whole = count(rows, 3, vocab_size=5)
+    wanted = {}
+    for row in rows.tolist():
+        for k in (1, 2, 3):
+            for i in range(6 - k + 1):
+                wanted[tuple(row[i : i + k])] = wanted.get(tuple(row[i : i + k]), 0) + 1
+    assert [int(c.sum()) for c in whole.counts] == [30 * 6, 30 * 5, 30 * 4]
+    assert sorted(n for c in whole.counts for n in c.tolist()) == sorted(wanted.values())
+    assert count(rows[:1], 3, vocab_size=5).keys[2].tolist() == count(rows[0], 3, vocab_size=5).keys[2].tolist()
+    model = smooth(whole, method, weights=(0.3, 0.4, 0.5))
+    of_rows = perplexity(model, rows[:4])
+    alone = np.exp(np.mean([np.log(perplexity(model, row)) for row in rows[:4]]))
+    np.testing.assert_allclose(of_rows, alone)
+
+
 def test_em_raises_the_held_out_likelihood_and_beats_fixed_weights():
     tokens, _ = source(3, 4000, symbols=8)
     counts, held_out = count(tokens[:1000], 4, vocab_size=8), tokens[1000:]
@@ -193,7 +213,7 @@ ONE = count(np.arange(4), 2, vocab_size=4)
     ("call", "message"),
     [
         (lambda: count(np.array([0, 4]), 1, vocab_size=4), r"token 4 is outside \[0, 4\)"),
-        (lambda: count(np.array([0.5]), 1, vocab_size=4), "expected .T. integers"),
+        (lambda: count(np.array([0.5]), 1, vocab_size=4), "expected .T. or .R, T. integers"),
         (lambda: count(np.array([0]), 2, vocab_size=4), "order is 2 and there are 1 tokens"),
         (lambda: smooth(ONE, "laplace"), "method is 'laplace'; expected one of 'add-k'"),
         (lambda: smooth(ONE, "jelinek-mercer"), "weights are None; expected 2 numbers"),
