@@ -7,7 +7,9 @@ Run it in an environment of its own with torch and transformers (they are not de
 made with torch 2.13.0 (CPU) and transformers 5.24.0. In vit.npz, swin.npz and swinv2.npz
   weight/NAME   float16 parameters under the names that save_pretrained writes, computed with as float32
   CASE/images, CASE/logits   [B, H, W, C] float16 and [B, classes] float32; CASE names a size, or a setting
-  plain/labels, plain/loss, plain/d_images, plain/grad/NAME   mean cross-entropy and its gradients (grad: vit, swin)
+  plain/labels, plain/loss, plain/d_images, plain/grad/NAME   mean cross-entropy and its gradients; those of swinv2 in
+                float64, as its sharp cosine attention amplifies rounding: plain/rounding is JSON, name (or d_images) ->
+                how far torch's own in float32 are from them, in shares of the largest
 In vision_configs.npz the config.json that save_pretrained writes, by network: of the files above, of a tiny SAM, and of
 published sizes with names of classes. In vqgan.npz, weights from a seed (drawn.py)
   names        JSON, name -> shape in the state_dict of `VQGAN`, as the released vqgan.ckpt has them
@@ -42,15 +44,10 @@ SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [2, 2], "nu
         "mlp_ratio": 2.0, "num_labels": 10}  # fmt: skip
 VIT = {"image_size": 16, "patch_size": 4, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
        "intermediate_size": 48, "num_labels": 10}  # fmt: skip
-FILES = {  # class, config, the sizes of other images, whether gradients of parameters are stored
-    "vit": (ViTForImageClassification, ViTConfig(**VIT), {"resized": (24, 20)}, True),
-    "swin": (
-        SwinForImageClassification,
-        SwinConfig(**SWIN),
-        {"odd": (27, 30), "small": (16, 24)},
-        True,
-    ),
-    "swinv2": (Swinv2ForImageClassification, Swinv2Config(**SWIN), {"wide": (18, 31)}, False),
+FILES = {  # class, config, the sizes of other images
+    "vit": (ViTForImageClassification, ViTConfig(**VIT), {"resized": (24, 20)}),
+    "swin": (SwinForImageClassification, SwinConfig(**SWIN), {"odd": (27, 30), "small": (16, 24)}),
+    "swinv2": (Swinv2ForImageClassification, Swinv2Config(**SWIN), {"wide": (18, 31)}),
 }
 _SWINS = {"t": (96, (2, 2, 6, 2), (3, 6, 12, 24)), "s": (96, (2, 2, 18, 2), (3, 6, 12, 24)),
           "b": (128, (2, 2, 18, 2), (4, 8, 16, 32)), "l": (192, (2, 2, 18, 2), (6, 12, 24, 48))}  # fmt: skip
@@ -236,7 +233,7 @@ def on_disk(model, gradients):
 
 def run(kind, seed):
     """The arrays of one file."""
-    cls, config, sizes, with_gradients = FILES[kind]
+    cls, config, sizes = FILES[kind]
     draw = np.random.default_rng(seed)
     model, weights = checkpoint(cls(config), draw)
     out = {f"weight/{name}": value for name, value in weights.items()}
@@ -265,11 +262,17 @@ def run(kind, seed):
     loss = torch.nn.functional.cross_entropy(y, labels)
     loss.backward()
     out |= stored("plain", x, y)
-    out |= {"plain/labels": labels.numpy(), "plain/loss": loss.detach().numpy(), "plain/d_images": x.grad.numpy()}
-    if with_gradients:
-        gradients = on_disk(model, {name: p.grad for name, p in model.named_parameters()})
-        out |= {f"plain/grad/{name}": value for name, value in gradients.items()}
-    return out
+    out |= {"plain/labels": labels.numpy(), "plain/loss": loss.detach().numpy()}
+    found = {name: p.grad for name, p in model.named_parameters()} | {"d_images": x.grad}
+    if kind == "swinv2":
+        exact, wide = copy.deepcopy(model).double(), x.detach().double().requires_grad_()
+        exact.zero_grad()
+        torch.nn.functional.cross_entropy(logits(exact, wide), labels).backward()
+        rough, found = found, {name: p.grad for name, p in exact.named_parameters()} | {"d_images": wide.grad}
+        far = {name: float((rough[name] - g).abs().max() / g.abs().max()) for name, g in found.items()}
+        out["plain/rounding"] = json.dumps(far)
+    out["plain/d_images"] = found.pop("d_images").numpy().astype(np.float32)
+    return out | {f"plain/grad/{name}": value for name, value in on_disk(model, found).items()}
 
 
 def counts():

@@ -1,6 +1,7 @@
 """Swin against torch, through the values that tests/golden/make_vision.py stored, and what its windows do."""
 
 import functools
+import json
 from dataclasses import replace
 
 import jax
@@ -46,8 +47,11 @@ def torch_case(file):
 def test_logits_loss_and_gradients_equal_those_of_torch(file):
     params, cases = torch_case(file)
     config = replace(TINY[file], remat=file == "swin")
-    # cosine attention as sharp as it may be amplifies rounding: torch in float32 is off by 6e-4 where float64 is right
-    gradients_equal(Swin(config), names(config), params, cases["plain"], 1e-3 if file == "swinv2" else 1e-4)
+    # cosine attention as sharp as it may be amplifies rounding. The gradients of swinv2 are float64's, from which torch
+    # in float32 is 1.4e-4 away at most (and ours 1.9e-4, or 3.2e-5 in float64): three times its worst is allowed
+    rounding = json.loads(str(cases["plain"].get("rounding", "{}")))
+    assert file == "swin" or len(rounding) == 88  # the images', and of every tensor
+    gradients_equal(Swin(config), names(config), params, cases["plain"], 3 * max(rounding.values(), default=3e-5))
 
 
 @pytest.mark.parametrize("file, case", [("swin", "odd"), ("swin", "small"), ("swinv2", "wide")])
