@@ -3,7 +3,7 @@
 Version 1: Liu et al. 2021, arXiv:2103.14030. Version 2: Liu et al. 2021, arXiv:2111.09883.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxrl.kernels.attention import Segments
 from jaxrl.nets.layers import Linear
-from jaxrl.nets.vision.layers import SelfAttention, check_images, drop_path, layer_norm, mlp, patches
+from jaxrl.nets.vision.layers import SelfAttention, bicubic, check_images, drop_path, layer_norm, mlp, patches
 
 
 @dataclass(frozen=True)
@@ -251,6 +251,43 @@ class Swin(nn.Module):
         if c.classes is None:
             return x
         return Linear(c.classes, use_bias=True, **types, name="head")(jnp.mean(x, axis=(1, 2)))
+
+
+def resize(config: SwinConfig, params: Any, window: int) -> tuple[SwinConfig, Any]:
+    """The network with windows of another size, as for images of 384 pixels after 224: windows of 12 after 7.
+
+    Version 1 (Liu et al. 2021, arXiv:2103.14030, section 4.1): `bicubic` over each table of offsets. Version 2 has a
+    bias for every offset and keeps its parameters; it must know by which windows they were learnt.
+
+    Args:
+      config: of `params`.
+      params: a plain nested dict, as `Swin.init` makes it (what stands under "params").
+      window: M of the new network.
+
+    Returns:
+      (config, params) of the new windows.
+
+    Raises:
+      ValueError: version 2 without `pretrained_windows`.
+    """
+    new = replace(config, window=window)
+    if config.version == 2:
+        if config.pretrained_windows is None:
+            raise ValueError(
+                f"pretrained_windows is None, expected the windows of training, stage by stage: {config.window}, or "
+                "the side of the map where that was smaller, such as (12, 12, 12, 6) with images of 192"
+            )
+        return new, params
+    old, side = (2 * size - 1 for size in (config.window, window))
+
+    def resampled(path, leaf):
+        if jax.tree_util.keystr(path[-2:], simple=True, separator="/") != "bias/table":
+            return leaf
+        grid = jnp.moveaxis(leaf.reshape(-1, old, old, leaf.shape[-1]), 0, 2)
+        again = jnp.moveaxis(bicubic(grid, (side, side)), 2, 0)
+        return again.reshape(*leaf.shape[:-2], side * side, leaf.shape[-1]).astype(leaf.dtype)
+
+    return new, jax.tree.map_with_path(resampled, params)
 
 
 _S: dict[str, Any] = {"depths": (2, 2, 18, 2)}

@@ -10,6 +10,7 @@ made with torch 2.13.0 (CPU) and transformers 5.24.0. In vit.npz, swin.npz and s
   plain/labels, plain/loss, plain/d_images, plain/grad/NAME   mean cross-entropy and its gradients; those of swinv2 in
                 float64, as its sharp cosine attention amplifies rounding: plain/rounding is JSON, name (or d_images) ->
                 how far torch's own in float32 are from them, in shares of the largest
+  resized/images, resized/logits   swin: windows of 6 with tables by torch's bicubic interpolation
 In vision_configs.npz the config.json that save_pretrained writes, by network: of the files above, of a tiny SAM, and of
 published sizes with names of classes. In vqgan.npz, weights from a seed (drawn.py)
   names        JSON, name -> shape in the state_dict of `VQGAN`, as the released vqgan.ckpt has them
@@ -231,6 +232,20 @@ def on_disk(model, gradients):
         return load_file(f"{folder}/model.safetensors")
 
 
+def rewindowed(model, window):
+    """A Swin with other windows, its tables interpolated as the authors' load_pretrained does."""
+    other = SwinForImageClassification(SwinConfig(**SWIN | {"window_size": window, "image_size": 4 * window})).eval()
+    weights = {name: value for name, value in model.state_dict().items() if "relative_position_index" not in name}
+    for name, table in weights.items():
+        if name.endswith("table"):
+            old, side = round(len(table) ** 0.5), 2 * window - 1
+            grid = table.T.reshape(1, -1, old, old)
+            grid = nn.functional.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+            weights[name] = grid.reshape(-1, side * side).T
+    other.load_state_dict(weights, strict=False)
+    return other
+
+
 def run(kind, seed):
     """The arrays of one file."""
     cls, config, sizes = FILES[kind]
@@ -263,6 +278,9 @@ def run(kind, seed):
     loss.backward()
     out |= stored("plain", x, y)
     out |= {"plain/labels": labels.numpy(), "plain/loss": loss.detach().numpy()}
+    if kind == "swin":
+        with torch.no_grad():
+            out |= stored("resized", z := images(24, 24), logits(rewindowed(model, 6), z))
     found = {name: p.grad for name, p in model.named_parameters()} | {"d_images": x.grad}
     if kind == "swinv2":
         exact, wide = copy.deepcopy(model).double(), x.detach().double().requires_grad_()

@@ -54,6 +54,29 @@ def test_logits_loss_and_gradients_equal_those_of_torch(file):
     gradients_equal(Swin(config), names(config), params, cases["plain"], 3 * max(rounding.values(), default=3e-5))
 
 
+def test_a_swin_with_other_windows_equals_torch():
+    """7 x 7 offsets of windows of 4 become 11 x 11 of windows of 6, by torch's bicubic interpolation."""
+    params, cases = torch_case("swin")
+    config, resized = swin.resize(TINY["swin"], params, 6)
+    assert config == replace(TINY["swin"], window=6)
+    tables = [resized[f"stage{s}"][one]["bias"]["table"].shape for s in (0, 1) for one in ("still", "shifted")]
+    assert tables == [(1, 121, 2)] * 2 + [(1, 121, 4)] * 2
+    case = cases["resized"]
+    close(jax.jit(Swin(config).apply)({"params": resized}, case["images"]), case["logits"])
+    again = swin.resize(config, resized, 6)[1]
+    jax.tree.map(np.testing.assert_array_equal, again, resized)
+
+
+def test_version_2_has_a_bias_for_windows_of_any_size():
+    params, cases = torch_case("swinv2")
+    with pytest.raises(ValueError, match="pretrained_windows is None, expected the windows of training.*: 4, or"):
+        swin.resize(TINY["swinv2"], params, 6)
+    measured = replace(TINY["swinv2"], pretrained_windows=(4, 4))
+    config, same = swin.resize(measured, params, 6)
+    assert config == replace(measured, window=6) and same is params
+    assert np.isfinite(jax.jit(Swin(config).apply)({"params": same}, cases["plain"]["images"])).all()
+
+
 @pytest.mark.parametrize("file, case", [("swin", "odd"), ("swin", "small"), ("swinv2", "wide")])
 def test_images_of_other_sizes_equal_torch(file, case):
     """27 x 30 and 18 x 31 pad patches, windows and merging; 16 x 24 has a last map of the window's height: no shift."""
