@@ -310,4 +310,7 @@ SIZES = {
     "swinv2_t_w16": SwinConfig(2, window=16),
     "swinv2_s_w16": SwinConfig(2, window=16, **_S),
     "swinv2_b_w16": SwinConfig(2, window=16, **_B),
+    # pretrained on ImageNet-22K with images of 192; fine-tuned at 384. H and G have norms besides, left out here
+    "swinv2_l_w12": SwinConfig(2, window=12, classes=21841, **_L),
+    "swinv2_l_w24_384": SwinConfig(2, window=24, pretrained_windows=(12, 12, 12, 6), **_L),
 }

@@ -311,6 +311,11 @@ def counts():
                     config = Swinv2Config(**sizes, window_size=window, image_size=256)
                     suffix = "" if window == 8 else "_w16"
                     yield f"swinv2_{name}{suffix}", Swinv2ForImageClassification(config)
+            else:
+                first = Swinv2Config(**sizes | {"num_labels": 21841}, window_size=12, image_size=192)
+                yield "swinv2_l_w12", Swinv2ForImageClassification(first)
+                later = {"window_size": 24, "image_size": 384, "pretrained_window_sizes": [12, 12, 12, 6]}
+                yield "swinv2_l_w24_384", Swinv2ForImageClassification(Swinv2Config(**sizes, **later))
 
 
 def main():

@@ -33,6 +33,8 @@ COUNTS = {  # of transformers' classes
     "swinv2_t_w16": 28_347_154,
     "swinv2_s_w16": 49_728_418,
     "swinv2_b_w16": 87_918_816,
+    "swinv2_l_w12": 228_772_549,
+    "swinv2_l_w24_384": 196_739_932,
 }
 
 
