@@ -99,9 +99,8 @@ def main():
         for c, best in zip(sorted(set(options.budgets)), found.minima, strict=True):
             print(f"| {seed} | {c:.1e} | {best.size:.3g} | {best.loss - floor:.4f} | {best.inside} |", flush=True)
         law = found.model
-        fits.append(
-            {"seed": seed, "seconds": time.perf_counter() - began, "floor": floor, "n-grams": counted, **law._asdict()}
-        )
+        took = time.perf_counter() - began
+        fits.append({"seed": seed, "seconds": took, "floor": floor, "n-grams": counted, **law._asdict()})
         print(
             f"seed {seed}: M grows as C^{law.exponent:.3f} ({law.low:.3f} to {law.high:.3f}), R^2 {law.r_squared:.3f}, "
             f"{took:.0f} s",
