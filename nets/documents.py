@@ -1,4 +1,4 @@
-"""What a mask means for layers whose past is a state: linear attention, recurrent networks."""
+"""What a mask means for layers that do not attend: linear attention, recurrent networks, experts."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def documents(mask: Mask, rows: int, tokens: int, offset: int | jax.Array = 0) -
             causal = True
         elif isinstance(part, Segments):
             here = offset + jnp.arange(tokens)
-            ids = (jnp.take(part.keys(), jnp.maximum(at, 0), axis=1, mode="clip") for at in (here, here - 1))
+            ids = (_ids(part, jnp.maximum(at, 0)) for at in (here, here - 1))
             new = jnp.broadcast_to(jnp.not_equal(*ids), (rows, tokens))
             starts = new if starts is None else starts | new
         elif not isinstance(part, Full):
@@ -38,3 +38,18 @@ def documents(mask: Mask, rows: int, tokens: int, offset: int | jax.Array = 0) -
                 "(share_prompt, windows)"
             )
     return causal, starts
+
+
+def real(mask: Mask, tokens: int, offset: int | jax.Array = 0) -> jax.Array | None:
+    """Which columns hold a token, bool [B|1, tokens]: padding has an id of 0 or less in a `Segments` of the mask.
+
+    So all loops of this library number theirs. None where no `Segments` stands in the mask, or only under `|`.
+    """
+    if isinstance(mask, And):
+        found = [side for side in (real(mask.a, tokens, offset), real(mask.b, tokens, offset)) if side is not None]
+        return found[0] & found[-1] if found else None
+    return _ids(mask, offset + jnp.arange(tokens)) > 0 if isinstance(mask, Segments) else None
+
+
+def _ids(segments: Segments, columns: jax.Array) -> jax.Array:
+    return jnp.take(segments.keys(), columns, axis=1, mode="clip")

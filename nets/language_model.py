@@ -64,7 +64,7 @@ def language_model(
         of `jaxrl.parallel.model_on` know a mesh.
     """
     model = Transformer(config, attend, experts)
-    routers = None if config.experts is None else Routers(config.experts.draws)
+    routers = None if config.experts is None else Routers(config.experts.draws, config.experts.drops)
 
     def init(key):
         return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]

@@ -5,20 +5,22 @@ balancing losses are added to the gradient where the layer's own gradient passes
 router's bias travels as the gradient of that bias.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxrl.kernels.experts import combine, dispatch, sort_by_expert
 from jaxrl.kernels.grouped_matmul import grouped_matmul
-from jaxrl.nets.layers import FeedForward, Linear, normal
+from jaxrl.nets.layers import FeedForward, Linear, Operator, normal
 
 PRODUCT = "expert_product"
 """Name, for policies of `jax.checkpoint`, of products whose rows are all in use (exchanged ones may be mostly room)."""
@@ -70,8 +72,10 @@ class MoEConfig:
             )
         if self.score not in ("softmax", "sigmoid"):
             raise ValueError(f"score is {self.score!r}, expected 'softmax' or 'sigmoid'")
-        if self.capacity_factor is not None and self.capacity_factor <= 0:
-            raise ValueError(f"capacity_factor is {self.capacity_factor}, expected above 0, or None to drop nothing")
+        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
+            raise ValueError(
+                f"capacity_factor is {self.capacity_factor}, expected a number above 0, or None to drop nothing"
+            )
         if self.random_second and not (self.top_k == 2 and self.normalise):
             raise ValueError(f"random_second with top_k {self.top_k}: expected top_k=2 and normalise=True")
         if self.aux_choices is not None and not 1 <= self.aux_choices <= self.top_k:
@@ -89,14 +93,21 @@ class MoEConfig:
         """Whether a pass with a key differs from one without."""
         return bool(self.jitter or self.random_second)
 
+    @property
+    def drops(self) -> bool:
+        """Whether a choice may find no room: not where an expert has that of all tokens."""
+        return self.capacity_factor is not None and self.capacity_factor * self.top_k < self.experts
+
 
 class Routers(NamedTuple):
     """What a loop knows of a network with experts.
 
-    draws: whether its pass of training takes a key.
+    draws: whether its pass of training takes a key. drops: whether the result for a token may depend on those after it,
+    which take room of experts.
     """
 
     draws: bool
+    drops: bool
 
 
 GATINGS = {
@@ -144,7 +155,12 @@ class Routed(NamedTuple):
 
 
 def route(
-    config: MoEConfig, logits: jax.Array, bias: jax.Array | None = None, *, key: jax.Array | None = None
+    config: MoEConfig,
+    logits: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    key: jax.Array | None = None,
+    real: jax.Array | None = None,
 ) -> Routed:
     """The experts of each token and their weights.
 
@@ -152,16 +168,21 @@ def route(
         w = w / (sum w + 1e-20)  if normalise;   w = scale w
 
     (Groups and bias: DeepSeek-AI 2024, arXiv:2412.19437, section 2.1.2; Wang et al. 2024, arXiv:2408.15664.) With a
-    capacity factor c an expert takes ceil(c k T / E) choices of a row: all first choices in the order of tokens, then
-    all second ones (Lepikhin et al. 2020, arXiv:2006.16668, algorithm 1, with rows as groups). Weights are not
-    renormalised after a drop. Rows are the groups, so the result does not depend on how a batch is divided; a row
-    decoded token by token drops nothing, and padding takes room as any token does.
+    capacity factor c an expert takes ceil(c k N / E) choices of a row with N tokens: all first choices in the order of
+    tokens, then all second ones (Lepikhin et al. 2020, arXiv:2006.16668, algorithm 1, with rows as groups). Weights are
+    not renormalised after a drop. Rows are the groups, so the result does not depend on how a batch is divided, and
+    padding neither takes room nor adds any.
+
+    With a capacity a later token can change what an earlier one gets: it adds to the room, and its first choice goes
+    before the other's second. A row decoded token by token drops nothing. So log-probs of a whole row are not those
+    under which it was sampled: reinforcement learning should drop nothing, and `grpo` refuses what does.
 
     Args:
       config: the gating.
       logits: float32 [..., T, E].
       bias: float32 [E], or None.
       key: for `random_second`; None keeps every second choice. Consumed.
+      real: bool [..., T] broadcastable, False on padding, which a capacity gives no expert; None: all are tokens.
 
     Returns:
       `Routed`.
@@ -180,7 +201,7 @@ def route(
     weights = jnp.take_along_axis(scores, ids, axis=-1)
     if c.normalise:
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
-    kept = None if c.capacity_factor is None else _within_capacity(c, ids)
+    kept = None if c.capacity_factor is None else _within_capacity(c, ids, real)
     if c.random_second and key is not None:
         drawn = jax.random.uniform(key, weights.shape[:-1]) < 2 * lax.stop_gradient(weights[..., 1])
         drawn = jnp.stack([jnp.ones_like(drawn), drawn], axis=-1)
@@ -192,14 +213,17 @@ def _scores(config, logits):
     return jax.nn.softmax(logits, axis=-1) if config.score == "softmax" else jax.nn.sigmoid(logits)
 
 
-def _within_capacity(config, ids):
+def _within_capacity(config, ids, real):
     """Whether each choice finds room, [..., T, k]."""
     *lead, t, k = ids.shape
-    capacity = -(-config.capacity_factor * k * t // config.experts)
-    by_slot = jnp.swapaxes(ids, -1, -2).reshape(*lead, k * t)
-    chosen = jax.nn.one_hot(by_slot, config.experts, dtype=jnp.int32)
+    real = jnp.broadcast_to(True if real is None else real, (*lead, t))
+    rooms = np.minimum(-(-config.capacity_factor * k * np.arange(t + 1) // config.experts), t).astype(np.int32)
+    room = jnp.asarray(rooms)[jnp.sum(real, axis=-1)][..., None]
+    slots = lambda x: jnp.swapaxes(x, -1, -2).reshape(*lead, k * t)
+    counted = slots(jnp.broadcast_to(real[..., None], ids.shape))
+    chosen = jax.nn.one_hot(slots(ids), config.experts, dtype=jnp.int32) * counted[..., None]
     before = jnp.sum((jnp.cumsum(chosen, axis=-2) - 1) * chosen, axis=-1)
-    return jnp.swapaxes((before < capacity).reshape(*lead, k, t), -1, -2)
+    return jnp.swapaxes((counted & (before < room)).reshape(*lead, k, t), -1, -2)
 
 
 def experts(
@@ -230,8 +254,24 @@ def of_each(
     rows: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, sizes: jax.Array, keep: Callable = lambda y: y
 ) -> jax.Array:
     """SwiGLU of rows [R, D] that are sorted by expert, `sizes` [E] of each; `keep` sees each product."""
-    inner = jax.nn.silu(keep(grouped_matmul(rows, gate, sizes))) * keep(grouped_matmul(rows, up, sizes))
-    return keep(grouped_matmul(inner, down, sizes))
+    inner = jax.nn.silu(keep(grouped(rows, gate, sizes))) * keep(grouped(rows, up, sizes))
+    return keep(grouped(inner, down, sizes))
+
+
+@runtime_checkable
+class GroupedOperator(Operator, Protocol):
+    """An `Operator` that may stand in the place of stacked matrices [E, in, out]."""
+
+    def times_grouped(self, rows: jax.Array, sizes: jax.Array) -> jax.Array:
+        """As `grouped_matmul`: rows [R, in], sorted by expert, `sizes` [E] of each -> [R, out]."""
+        ...
+
+
+def grouped(rows: jax.Array, kernel: Any, sizes: jax.Array) -> jax.Array:
+    """`grouped_matmul` by stacked matrices, an array or a `GroupedOperator`."""
+    if isinstance(kernel, GroupedOperator):
+        return kernel.times_grouped(rows, sizes)
+    return grouped_matmul(rows, kernel, sizes)
 
 
 def auxiliary_losses(
@@ -358,8 +398,9 @@ def statistics(config: MoEConfig, logits: jax.Array, routed: Routed, live: jax.A
 class MoE(nn.Module):
     """y = sum_j w_j expert_j(x) (+ shared(x)), over the k experts that the router chose, in float32.
 
-    Parameters: router/kernel [D, E]; gate, up [E, D, F] and down [E, F, D] (from `out_init`); with `bias` bias [E] = 0,
-    float32; with `shared` shared/{gate,up,down}/kernel as in SwiGLU; with `shared_gate` shared_gate/kernel [D, 1].
+    Parameters: router/kernel [D, E]; gate, up [E, D, F] and down [E, F, D] (from `out_init`), in whose place a
+    `GroupedOperator` may stand; with `bias` bias [E] = 0, float32; with `shared` shared/{gate,up,down}/kernel as in
+    SwiGLU; with `shared_gate` shared_gate/kernel [D, 1].
     Random draws of training (`jitter`, `random_second`) are made where there is a stream "router"; else there are none.
     Where the collection "intermediates" is asked for, it gets `statistics`.
     """
@@ -371,12 +412,20 @@ class MoE(nn.Module):
     param_dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map x [B, T, D] to [B, T, D]."""
+    def __call__(self, x: jax.Array, real: jax.Array | None = None) -> jax.Array:
+        """Map x [B, T, D] to [B, T, D]; real as in `route`."""
         c = self.config
         types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         d = x.shape[-1]
-        kernel = lambda name, init, *shape: self.param(name, init, (c.experts, *shape), jnp.dtype(self.param_dtype))
+
+        def kernel(name, init, *shape):
+            stored, shape = self.get_variable("params", name), (c.experts, *shape)
+            if not isinstance(stored, GroupedOperator):
+                return self.param(name, init, shape, jnp.dtype(self.param_dtype)).astype(self.dtype)
+            if stored.shape != shape:
+                raise ValueError(f"{'/'.join(self.path)}/{name} is a map of shape {stored.shape}, expected {shape}")
+            return stored
+
         matrices = (
             kernel("gate", normal(0.02), d, c.ffn),
             kernel("up", normal(0.02), d, c.ffn),
@@ -390,12 +439,13 @@ class MoE(nn.Module):
         dot: Any = partial(jnp.dot, precision=lax.Precision.HIGHEST)
         logits = Linear(c.experts, dtype="float32", param_dtype=self.param_dtype, dot=dot, name="router")(seen)
         bias = self.param("bias", nn.initializers.zeros, (c.experts,), jnp.float32) if c.bias else None
-        routed = route(c, logits, bias, key=key)
+        routed = route(c, logits, bias, key=key, real=real)
         if self.is_mutable_collection("intermediates"):
-            self.sow("intermediates", "statistics", statistics(c, logits, routed))
+            live = None if real is None else jnp.broadcast_to(real, x.shape[:2])
+            self.sow("intermediates", "statistics", statistics(c, logits, routed, live))
         ids = routed.ids if routed.kept is None else jnp.where(routed.kept, routed.ids, c.experts)
         x = x.astype(self.dtype)
-        y = self.experts(x, ids, routed.weights, *(w.astype(self.dtype) for w in matrices))
+        y = self.experts(x, ids, routed.weights, *matrices)
         if c.shared:
             always = FeedForward(c.shared, self.out_init, **types, name="shared")(x)
             if c.shared_gate:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from jaxrl.nets.cache import Cache as Cache
 from jaxrl.nets.cache import Layered, Slot, empty_cache
 from jaxrl.nets.config import Kind
 from jaxrl.nets.config import TransformerConfig as TransformerConfig
+from jaxrl.nets.documents import real
 from jaxrl.nets.latent_attention import LatentAttention
 from jaxrl.nets.layers import FeedForward, Kernel, Linear, make_norm, normal
 from jaxrl.nets.linear_attention import LinearAttention
@@ -59,7 +61,9 @@ class Block(nn.Module):
         if c.experts is None or self.kind.dense:
             feed = FeedForward(c.ffn, out_init, c.gated, c.activation, bool(c.bias), **types, name="ffn")
         else:
-            feed = MoE(c.experts, out_init, self.experts, **types, name="moe")
+            mixture = MoE(c.experts, out_init, self.experts, **types, name="moe")
+            tokens = real(mask, x.shape[1], length) if c.experts.drops else None
+            feed = partial(mixture, real=tokens)
 
         def before(norm, x):
             return norm(x) if c.norm_place == "pre" else x

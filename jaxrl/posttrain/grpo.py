@@ -180,11 +180,19 @@ def make(
       constrain: puts a batch pytree onto the mesh (`parallel.shard_batch`); the identity on one device.
       sampler, log_probs: in the place of `rollout` and `completion_log_probs`; those of a diffusion model are
         `partial(diffusion.generate, mask_id=...)` and `partial(diffusion.completion_log_probs, mask_id=, key=)`.
+
+    Raises:
+      ValueError: parts that exclude each other; a model whose experts drop choices.
     """
     if (log_probs and config.share_prompt) or (sampler and config.slots):
         raise ValueError(
             f"share_prompt {config.share_prompt} is of the trainer's own log_probs, slots {config.slots} of its own "
             "sampler; leave out what is replaced"
+        )
+    if model.routers is not None and model.routers.drops:
+        raise ValueError(
+            "the model's experts have a capacity_factor: the sampler, which reads token by token, drops no choice, the "
+            "trainer does, and their log-probs differ; give experts.capacity_factor=None (the parameters are the same)"
         )
     row = config.row
     reduction = reduce.by_name(row.reduction, length=config.sampling.max_tokens)

@@ -23,6 +23,19 @@ def layout(segments: jax.Array | None) -> tuple[Mask, jax.Array | None]:
     return Causal() & Segments(segments), columns - first
 
 
+def layout_of(model: LanguageModel, batch: TokenBatch) -> tuple[Mask, jax.Array | None]:
+    """`layout` of the tokens but the last, which a model reads to predict the others.
+
+    Where a model's experts have little room, the mask also says that what comes after the last token to be predicted is
+    padding, so that it takes none.
+    """
+    if batch.segments is not None:
+        return layout(batch.segments[:, :-1])
+    if model.routers is None or not model.routers.drops:
+        return layout(None)
+    return layout(lax.cummax((batch.loss_mask[:, 1:] > 0).astype(jnp.int32), axis=1, reverse=True))
+
+
 def log_probs_of(
     model: LanguageModel, params, batch: TokenBatch, *, temperature: float = 1.0, chunk: int | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -46,7 +59,7 @@ def statistics_of(
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
     """As `log_probs_of`: (all that `model.log_probs` gives under these options, the mask)."""
     segments = batch.segments
-    mask, positions = layout(None if segments is None else segments[:, :-1])
+    mask, positions = layout_of(model, batch)
     hidden, _ = model.apply(params, batch.tokens[:, :-1], positions=positions, mask=mask)
     statistics = model.log_probs(hidden, model.unembedding(params), batch.tokens[:, 1:], **options)
     counted = batch.loss_mask[:, 1:]

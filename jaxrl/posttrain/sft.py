@@ -14,7 +14,7 @@ from jaxrl.data.records import Examples
 from jaxrl.losses import multi_token, reduce
 from jaxrl.nets.language_model import LanguageModel
 from jaxrl.posttrain import update
-from jaxrl.posttrain.score import layout, statistics_of
+from jaxrl.posttrain.score import layout_of, statistics_of
 from jaxrl.types import TokenBatch
 
 PREPARED = (1 << 30) + 3
@@ -86,7 +86,7 @@ def multi_token_loss(model: LanguageModel, params, batch: TokenBatch, *, ahead: 
       As `loss`, whose metrics are of the next token alone, and `train/multi_token_loss`, the mean of the others.
     """
     segments, inputs = batch.segments, batch.tokens[:, :-1]
-    mask, positions = layout(None if segments is None else segments[:, :-1])
+    mask, positions = layout_of(model, batch)
     hidden, _ = model.apply(params, inputs, positions=positions, mask=mask)
     further = ahead(params, hidden, inputs, positions=positions, mask=mask)
     depth, *shape = further.shape

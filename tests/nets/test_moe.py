@@ -101,6 +101,27 @@ def test_over_capacity_first_choices_go_before_second_ones():
     np.testing.assert_allclose(ours / 24 / 6**2, loss, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("name", "capacity_factor"), [("gshard", 0.8), ("switch", 0.7)])
+def test_padding_takes_no_room_and_adds_none(name, capacity_factor):
+    """Tokens anywhere in a row go where they go without what stands between them."""
+    config = small(name, capacity_factor=capacity_factor)
+    logits, real = draw(3, 24, config.experts, std=1.5), np.random.default_rng(0).random((3, 24)) < 0.6
+    real[2] = False
+    for got, row, own in zip(as_gates(route(config, logits, real=real)), logits, real, strict=True):
+        assert not any(gates for gates, is_real in zip(got, own, strict=True) if not is_real)
+        tokens = [gates for gates, is_real in zip(got, own, strict=True) if is_real]
+        if own.any():
+            assert_same_gates(tokens, gates_of(config, row[own].astype(np.float64), None)[name]())
+            assert sum(map(len, tokens)) < config.top_k * own.sum()  # else nothing is tested
+
+
+def test_rooms_are_whole_numbers_where_the_factor_makes_them_so():
+    """ceil(c k N / E) of every N, c k N first: 1.1 * 10 / 11 is 1 and not a bit more."""
+    config = MoEConfig(11, 1, 1, capacity_factor=1.1)
+    routed = route(config, jnp.zeros((1, 40, 11)), real=jnp.arange(40)[None] < 10)
+    assert int(routed.kept.sum()) == 1
+
+
 def test_switch_loss_is_that_of_its_paper():
     config, logits = small("switch", capacity_factor=0.7), draw(1, 40, 5, std=2.0)
     routed = route(config, logits)
@@ -373,7 +394,9 @@ def test_the_bias_evens_out_a_skewed_router():
         ({"top_groups": 1}, "top_k 4 of 12 experts, in 1 of 4 groups"),
         ({"top_groups": 5}, "in 5 of 4 groups"),
         ({"score": "relu"}, "score is 'relu', expected 'softmax' or 'sigmoid'"),
-        ({"capacity_factor": 0.0}, "capacity_factor is 0.0, expected above 0"),
+        ({"capacity_factor": 0.0}, "capacity_factor is 0.0, expected a number above 0"),
+        ({"capacity_factor": float("inf")}, "capacity_factor is inf, expected a number above 0"),
+        ({"capacity_factor": float("nan")}, "capacity_factor is nan, expected a number above 0"),
         ({"random_second": True}, "expected top_k=2 and normalise=True"),
         ({"aux_choices": 5}, "aux_choices is 5, expected 1 to top_k 4"),
         ({"shared": 0, "shared_gate": True}, "shared_gate without a shared expert"),

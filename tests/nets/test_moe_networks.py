@@ -12,6 +12,7 @@ import pytest
 
 from jaxrl import config as configuration
 from jaxrl import loop
+from jaxrl.kernels.attention import Causal, Segments
 from jaxrl.nets import adapters
 from jaxrl.nets.language_model import language_model
 from jaxrl.nets.moe import GATINGS, MoEConfig
@@ -276,6 +277,42 @@ def test_adapters_pass_keys_on():
     one, again, other, none = (run(key) for key in (*map(jax.random.key, (0, 0, 1)), None))
     assert jnp.array_equal(one, again) and not jnp.array_equal(one, other)
     np.testing.assert_allclose(none, jit(model.apply)(params, TOKENS)[0], rtol=1e-5, atol=1e-6)
+
+
+# capacity
+
+TIGHT = MoEConfig(4, 2, 6, normalise=True, capacity_factor=0.6)
+
+
+def test_padding_on_the_left_changes_nothing_under_a_capacity():
+    """Nor does what follows the last token to be predicted."""
+    config, model, params = network(TIGHT, layers=2)
+    left = jnp.pad(TOKENS, ((0, 0), (5, 0)))
+    columns = jnp.arange(15)[None]
+    where = {"positions": jnp.maximum(columns - 5, 0), "mask": Causal() & Segments((columns >= 5).astype(jnp.int32))}
+    where["positions"] = jnp.broadcast_to(where["positions"], left.shape)
+    right = TokenBatch(jnp.pad(TOKENS, ((0, 0), (0, 6))), jnp.pad(ROWS.loss_mask, ((0, 0), (0, 6))))
+
+    @jit
+    def run(params):
+        plain, padded = model.apply(params, TOKENS)[0], model.apply(params, left, **where)[0][:, 5:]
+        scores = log_probs_of(model, params, ROWS)[0], log_probs_of(model, params, right)[0][:, :9]
+        return (plain, padded), scores, router_statistics(config, params, left, **where).dropped
+
+    both, scores, dropped = run(params)
+    np.testing.assert_allclose(*both, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(*scores, rtol=1e-4, atol=1e-5)
+    assert np.all(dropped > 0.2)
+
+
+def test_reinforcement_learning_refuses_to_drop():
+    """Unless an expert has room for all tokens, which is no capacity."""
+    make = functools.partial(
+        grpo.make, grpo.GRPOConfig(prompts=2, group=2), optimizer=optax.sgd(0.1), eos_id=1, pad_id=0
+    )
+    with pytest.raises(ValueError, match="capacity_factor: the sampler"):
+        make(network(TIGHT)[1])
+    make(language_model(TransformerConfig(**DECODER, experts=replace(TIGHT, capacity_factor=2.0))))
 
 
 def equations(jaxpr):
