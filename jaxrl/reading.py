@@ -130,7 +130,7 @@ def bank_of(
         raise ValueError("the folder has no preprocessor_config.json, which says how pictures are prepared")
     if how.area is None and how.patches is None:
         raise ValueError(
-            "the preparation does not say how large pictures become (do_resize is false, or Kimi-K2.5): prepare and pack "
+            "the preparation does not say how large pictures become (no do_resize, or Kimi-K2.5): prepare and pack "
             "them yourself"
         )
     tower = config.vision
