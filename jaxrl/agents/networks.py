@@ -16,7 +16,7 @@ from jaxrl.envs.env import Discrete, Env, Space
 from jaxrl.nets import heads
 from jaxrl.nets.initializers import orthogonal
 from jaxrl.nets.mlp import MLP
-from jaxrl.nets.recurrent import GRU
+from jaxrl.nets.recurrent import CELLS, Recurrent
 
 
 class Network(NamedTuple):
@@ -49,6 +49,7 @@ def actor(
     sizes: Sequence[int] = (64, 64),
     activation: Callable = nn.tanh,
     recurrent: int = 0,
+    cell: str = "gru",
     initial_log_std: float = 0.0,
 ) -> Network:
     """A stochastic policy: MLP, then a categorical or (for a `Box`) a Gaussian with learned std.
@@ -56,7 +57,8 @@ def actor(
     Args:
       observations, actions: spaces of the environment. Discrete observations become one-hot, others flat vectors.
       sizes, activation: of the MLP.
-      recurrent: features of a GRU after the MLP, or 0 for none.
+      recurrent: features of a recurrent layer after the MLP, or 0 for none.
+      cell: of that layer: gru, lstm, tanh or relu.
       initial_log_std: of the Gaussian, which does not depend on the observation.
     """
     if isinstance(actions, Discrete):
@@ -66,19 +68,24 @@ def actor(
         output = lambda parameters: distributions.Gaussian(*parameters)
     else:
         raise ValueError(f"the action space is {actions}, expected Discrete or a Box of shape [dim]")
-    return network(MLP(tuple(sizes), activation), head, observations, recurrent=recurrent, output=output)
+    return network(MLP(tuple(sizes), activation), head, observations, recurrent=recurrent, cell=cell, output=output)
 
 
 def critic(
-    observations: Space, *, sizes: Sequence[int] = (64, 64), activation: Callable = nn.tanh, recurrent: int = 0
+    observations: Space,
+    *,
+    sizes: Sequence[int] = (64, 64),
+    activation: Callable = nn.tanh,
+    recurrent: int = 0,
+    cell: str = "gru",
 ) -> Network:
     """A state-value function; arguments as `actor`."""
-    return network(MLP(tuple(sizes), activation), heads.Value(), observations, recurrent=recurrent)
+    return network(MLP(tuple(sizes), activation), heads.Value(), observations, recurrent=recurrent, cell=cell)
 
 
 def actor_and_critic(config: Any, env: Env, actor_: Network | None, critic_: Network | None) -> tuple[Network, Network]:
-    """The networks an agent was given, or those of its config's `hidden`, `recurrent` and `log_std`."""
-    sizes: dict[str, Any] = {"sizes": config.hidden, "recurrent": config.recurrent}
+    """The networks an agent was given, or those of its config's `hidden`, `recurrent`, `cell` and `log_std`."""
+    sizes: dict[str, Any] = {"sizes": config.hidden, "recurrent": config.recurrent, "cell": config.cell}
     return (
         actor_ or actor(env.observation_space, env.action_space, **sizes, initial_log_std=config.log_std),
         critic_ or critic(env.observation_space, **sizes),
@@ -112,17 +119,29 @@ def action_values(
 
 
 def network(
-    torso: nn.Module, head: nn.Module, observations: Space, *, recurrent: int = 0, output: Callable = lambda x: x
+    torso: nn.Module,
+    head: nn.Module,
+    observations: Space,
+    *,
+    recurrent: int = 0,
+    cell: str = "gru",
+    output: Callable = lambda x: x,
 ) -> Network:
-    """A `Network` of Flax modules: output(head(torso(observation))), with a GRU after the torso if wanted.
+    """A `Network` of Flax modules: output(head(torso(observation))), with a recurrent layer after the torso if wanted.
 
     Args:
       torso: maps [..., D] to [..., F].
       head: maps [..., F] to what `output` takes.
       observations: the space; decides D.
-      recurrent: features of the GRU, or 0.
+      recurrent: features H of the layer, or 0. Its memory is forgotten where an episode starts.
+      cell: name in `nets.recurrent.CELLS`; an LSTM's memory is [2 H].
       output: such as a distribution's constructor.
+
+    Raises:
+      ValueError: an unknown cell.
     """
+    if cell not in CELLS:
+        raise ValueError(f"cell is {cell!r}; expected one of {', '.join(CELLS)}")
     zeros = jnp.zeros((1, 1, *observations.shape), observations.dtype)
     if not recurrent:
         plain = _Feedforward(torso, head)
@@ -136,7 +155,7 @@ def network(
             unroll=lambda params, observation, starts, memory: (apply(params, observation), memory),
             memory=lambda: (),
         )
-    module = _Recurrent(torso, GRU(recurrent), head)
+    module, width = _Recurrent(torso, Recurrent(recurrent, cell), head), CELLS[cell].states * recurrent
 
     def step(params, observation, memory):
         out, memory = module.apply(params, encode(observations, observation), memory)
@@ -147,10 +166,10 @@ def network(
         return output(out), memories
 
     return Network(
-        init=lambda key: module.init(key, encode(observations, zeros), jnp.zeros((1, 1, recurrent))),
+        init=lambda key: module.init(key, encode(observations, zeros), jnp.zeros((1, 1, width))),
         step=step,
         unroll=unroll,
-        memory=lambda: jnp.zeros(recurrent),
+        memory=lambda: jnp.zeros(width),
     )
 
 
@@ -172,13 +191,13 @@ class _Feedforward(nn.Module):
 
 class _Recurrent(nn.Module):
     torso: nn.Module
-    gru: GRU
+    layer: Recurrent
     head: nn.Module
 
-    def __call__(self, x: jax.Array, h: jax.Array) -> Any:
-        h = self.gru(self.torso(x), h)
-        return self.head(h), h
+    def __call__(self, x: jax.Array, memory: jax.Array) -> Any:
+        memory = self.layer(self.torso(x), memory)
+        return self.head(memory[..., : self.layer.features]), memory
 
-    def unroll(self, x: jax.Array, starts: jax.Array, h: jax.Array) -> Any:
-        memories = self.gru.unroll(self.torso(x), starts, h)
-        return self.head(memories), memories
+    def unroll(self, x: jax.Array, starts: jax.Array, memory: jax.Array) -> Any:
+        memories = self.layer.unroll(self.torso(x), starts, memory)
+        return self.head(memories[..., : self.layer.features]), memories

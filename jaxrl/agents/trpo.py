@@ -60,7 +60,9 @@ class TRPOConfig:
     hidden: tuple[int, ...] = (64, 64)
     """Layers of the actor and of the critic."""
     recurrent: int = 0
-    """Features of a GRU in actor and critic; 0: none."""
+    """Features of a recurrent layer in actor and critic; 0: none."""
+    cell: str = "gru"
+    """Of that layer: gru, lstm, tanh or relu."""
     log_std: float = 0.0
     """Initial log standard deviation of continuous actions."""
 

@@ -56,10 +56,19 @@ def test_a_truncated_episode_bootstraps_from_its_successor():
     np.testing.assert_allclose(batch.target, batch.advantage + batch.value, rtol=1e-6)
 
 
-@pytest.mark.parametrize("recurrent", [pytest.param(0, marks=SLOW), 4])
-def test_the_first_minibatch_is_on_policy(recurrent):
+@pytest.mark.parametrize(
+    ("recurrent", "cell"),
+    [
+        pytest.param(0, "gru", marks=SLOW),
+        pytest.param(4, "gru", marks=SLOW),
+        (4, "lstm"),
+        pytest.param(4, "tanh", marks=SLOW),
+    ],
+)
+def test_the_first_minibatch_is_on_policy(recurrent, cell):
+    own = {"recurrent": recurrent, "cell": cell}
     config = dataclasses.replace(
-        TINY, epochs=1, minibatches=1, recurrent=recurrent, normalise_observations=True, normalise_rewards=True
+        TINY, epochs=1, minibatches=1, **own, normalise_observations=True, normalise_rewards=True
     )
     agent = ppo.make(config, envs.make("CartPole-v1"))
     run = jax.jit(lambda key: jax.lax.scan(agent.step, agent.init(key), length=3))
@@ -296,9 +305,10 @@ def test_every_probe(agent, probe):
 
 
 @pytest.mark.slow
-def test_a_memory_solves_what_a_glance_cannot():
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_a_memory_solves_what_a_glance_cannot(cell):
     env = envs.make("Recall-5")
-    config = ppo.PPOConfig(envs=16, steps=20, minibatches=4, hidden=(16,), learning_rate=5e-3)
+    config = ppo.PPOConfig(envs=16, steps=20, minibatches=4, hidden=(16,), learning_rate=5e-3, cell=cell)
     returns = {}
     for recurrent in (0, 16):
         agent = ppo.make(dataclasses.replace(config, recurrent=recurrent), env)
