@@ -1,7 +1,7 @@
 """Tokenisers, n-gram models and word vectors: python benchmarks/nets/text.py prints tables and writes text.json
 
 Tokens: bytes per token against the size of the vocabulary, on the help topics of Python's standard library: learnt from
-the first 90 %, measured on the rest; Unigram's beside those that the library `tokenizers` trains. n-grams: perplexity of
+the first 90 %, measured on the rest; Unigram's beside those that `tokenizers` trains. n-grams: perplexity of
 a Markov source whose own is known, and on those topics.
 Words: 3CosAdd on a corpus of 12 stems times 4 attributes (chance is 1 in 45).
 """
