@@ -141,7 +141,7 @@ def test_wordpiece_learns_what_the_recount_learns(score):
     ids=["words", "topics"],
 )
 def test_wordpiece_by_count_learns_the_librarys_pieces(corpus, size, ties):
-    """The library breaks ties by chance: no two pairs of the words occur equally often, a few of the topics do, and which is first decides of others."""
+    """The library breaks ties by chance: there are none among the words, and a few among the topics."""
     library = Library(models.WordPiece(unk_token="[UNK]"))
     library.normalizer, library.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     special = list(text.wordpiece.BERT)
