@@ -12,7 +12,7 @@ from jaxrl.kernels.log_probs import token_log_probs
 from jaxrl.nets.cache import init_cache
 from jaxrl.nets.config import TransformerConfig
 from jaxrl.nets.moe import Routers, experts
-from jaxrl.nets.transformer import Transformer
+from jaxrl.nets.transformer import Transformer, tallies
 
 
 class LanguageModel(NamedTuple):
@@ -20,7 +20,7 @@ class LanguageModel(NamedTuple):
 
     init(key) -> params: a plain nested dict of arrays; consumes the key. One program under `jax.jit`.
 
-    apply(params, tokens [B, T], *, positions [B, T] = None, mask = None, cache = None, key = None)
+    apply(params, tokens [B, T], *, positions [B, T] = None, mask = None, cache = None, key = None, tally = None)
     -> (hidden [B, T, D], cache): without a cache, one pass over whole sequences. With one, the T columns are
     written at [cache.length, cache.length + T), attention is over all S columns with q_offset = cache.length,
     and the advanced cache is returned. Positions default to arange(T) + cache.length. Without a mask a decoder sees
@@ -28,7 +28,8 @@ class LanguageModel(NamedTuple):
     of unequal prompts are padded on the left; the caller hides the padding with `Segments` and gives positions that
     start at 0 at the first real token. The cursor is unknown under jit: a write past the last column is not refused but
     overwrites it, so make the cache long enough. A key, consumed, is for what routers draw in training; without one, as
-    in scoring and sampling, they draw nothing. Only a model with `routers` is given one.
+    in scoring and sampling, they draw nothing. A tally is zeros whose gradient says how the routers spread tokens
+    (`moe.tally`). Only a model with `routers` is given either.
 
     unembedding(params) -> [D, V]: logits are `logits(hidden, unembedding(params))`.
 
@@ -64,14 +65,18 @@ def language_model(
         of `jaxrl.parallel.model_on` know a mesh.
     """
     model = Transformer(config, attend, experts)
-    routers = None if config.experts is None else Routers(config.experts.draws, config.experts.drops)
+    routers = None
+    if config.experts is not None:
+        spread = config.layers - config.dense_layers, config.experts.experts
+        routers = Routers(config.experts.draws, config.experts.drops, *spread)
 
     def init(key):
         return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
-    def apply(params, tokens, *, positions=None, mask=None, cache=None, key=None):
+    def apply(params, tokens, *, positions=None, mask=None, cache=None, key=None, tally=None):
         rngs = {"router": key} if key is not None and routers is not None and routers.draws else {}
-        out: Any = model.apply({"params": params}, tokens, positions=positions, mask=mask, cache=cache, rngs=rngs)
+        variables = {"params": params} | ({} if tally is None else {"tally": tallies(params, tally)})
+        out: Any = model.apply(variables, tokens, positions=positions, mask=mask, cache=cache, rngs=rngs)
         return with_one(config, out[0]), out[1]
 
     def unembedding(params):

@@ -1,8 +1,8 @@
 """Mixture of experts: each token goes through a few of many feed-forward layers, which a router picks.
 
-Switch, GShard, Mixtral, Qwen-MoE and DeepSeek are settings (`GATINGS`). No loop and no loss knows of any of this: the
-balancing losses are added to the gradient where the layer's own gradient passes (`balanced`), and the load that moves a
-router's bias travels as the gradient of that bias.
+Switch, GShard, Mixtral, Qwen-MoE and DeepSeek are settings (`GATINGS`). No loss knows of any of this: the balancing
+losses are added to the gradient where the layer's own gradient passes (`balanced`), the load that moves a router's bias
+travels as the gradient of that bias, and the figures of a run as that of zeros which nothing depends on (`tally`).
 """
 
 import math
@@ -103,11 +103,13 @@ class Routers(NamedTuple):
     """What a loop knows of a network with experts.
 
     draws: whether its pass of training takes a key. drops: whether the result for a token may depend on those after it,
-    which take room of experts.
+    which take room of experts. layers, experts: how many have them, and how many each; a tally is [layers, experts + 2].
     """
 
     draws: bool
     drops: bool
+    layers: int
+    experts: int
 
 
 GATINGS = {
@@ -317,11 +319,19 @@ def _counts(config, ids, live):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def balanced(config: MoEConfig, y: jax.Array, logits: jax.Array, bias: jax.Array | None, ids: jax.Array) -> jax.Array:
+def balanced(
+    config: MoEConfig,
+    y: jax.Array,
+    logits: jax.Array,
+    routed: Routed,
+    bias: jax.Array | None = None,
+    zeros: jax.Array | None = None,
+) -> jax.Array:
     """y as it is; on the way back the gradients of the auxiliary losses join in, and the load becomes that of the bias.
 
         d logits += d (aux_coef balance + sequence_coef sequence + z_coef z) / d logits
         d bias    = 2^-80 (load - mean load)
+        d zeros   = `tally`
 
     So they add up over micro-batches and devices as any gradient does, and cost nothing in a pass without one. The
     tokens that count are those whose y has a gradient other than 0: not padding, not what no loss reads (in the last
@@ -333,30 +343,33 @@ def balanced(config: MoEConfig, y: jax.Array, logits: jax.Array, bias: jax.Array
     Args:
       config: of the layer.
       y: [B, T, D], what the layer adds to the residual stream.
-      logits, ids: as in `auxiliary_losses`.
+      logits: float32 [B, T, E], and what was `routed` by them.
       bias: [E], or None.
+      zeros: [E + 2], or None.
     """
     return y
 
 
 def _balanced_backward(config, residuals, dy):
-    logits, bias, ids = residuals
+    logits, routed, bias, zeros = residuals
     live = jnp.any(dy != 0, axis=-1)
 
     def total(logits):
-        losses = auxiliary_losses(config, logits, ids, live)
+        losses = auxiliary_losses(config, logits, routed.ids, live)
         terms = {"balance": config.aux_coef, "sequence": config.sequence_coef, "z": config.z_coef}
         return sum((coef * losses[name] for name, coef in terms.items() if coef), jnp.float32(0))
 
-    load = _counts(config, ids, live).sum(0)
+    load = _counts(config, routed.ids, live).sum(0)
     push = None if bias is None else (FAINT * (load - jnp.mean(load, keepdims=True))).astype(bias.dtype)
-    return dy, jax.grad(total)(logits), push, None
+    counted = None if zeros is None else tally(config, logits, routed, live).astype(zeros.dtype)
+    return dy, jax.grad(total)(logits), None, push, counted
 
 
-balanced.defvjp(
-    lambda config, y, logits, bias, ids: (y, (logits, bias, ids)),
-    _balanced_backward,
-)
+def _balanced_forward(config, y, logits, routed, bias=None, zeros=None):
+    return y, (logits, routed, bias, zeros)
+
+
+balanced.defvjp(_balanced_forward, _balanced_backward)
 
 
 class RouterStatistics(NamedTuple):
@@ -374,25 +387,36 @@ class RouterStatistics(NamedTuple):
     dropped: jax.Array
 
 
-def statistics(config: MoEConfig, logits: jax.Array, routed: Routed, live: jax.Array | None = None) -> RouterStatistics:
-    """Figures of one routing.
+def tally(config: MoEConfig, logits: jax.Array, routed: Routed, live: jax.Array) -> jax.Array:
+    """What adds up over tokens: choices of each expert, those dropped, and entropy times k; float32 [E + 2].
 
     Args:
       config: the gating.
       logits: [B, T, E].
       routed: of these logits.
-      live: bool [B, T], the tokens that count; None: all.
+      live: bool [B, T], the tokens that count.
     """
-    live = jnp.ones(routed.ids.shape[:-1], bool) if live is None else live
-    load = _counts(config, routed.ids, live).sum(0)
-    load = load / jnp.maximum(jnp.sum(load, keepdims=True), 1)
-    violation = config.experts * load - 1
     scores = _scores(config, logits)
     share = scores / jnp.sum(scores, axis=-1, keepdims=True)
-    entropy = jnp.sum(jax.scipy.special.entr(share), axis=-1)
-    mean = lambda x: jnp.sum(x * live) / jnp.maximum(jnp.sum(live), 1)
-    lost = jnp.zeros(live.shape) if routed.kept is None else 1.0 - jnp.mean(routed.kept, axis=-1)
-    return RouterStatistics(load, jnp.max(violation), jnp.mean(jnp.abs(violation)), mean(entropy), mean(lost))
+    entropy = config.top_k * jnp.sum(jax.scipy.special.entr(share), axis=-1)
+    lost = jnp.zeros(live.shape) if routed.kept is None else jnp.sum(1.0 - routed.kept, axis=-1)
+    both = jnp.stack([jnp.sum(x * live) for x in (lost, entropy)])
+    return jnp.concatenate([_counts(config, routed.ids, live).sum(0), both])
+
+
+def figures(tally: jax.Array) -> RouterStatistics:
+    """Of a tally [..., E + 2], in any unit; all 0 where nothing was counted."""
+    counts = tally[..., :-2]
+    choices = jnp.sum(counts, axis=-1, keepdims=True)
+    load, rest = (x / jnp.where(choices > 0, choices, 1) for x in (counts, tally[..., -2:]))
+    violation = jnp.where(choices > 0, counts.shape[-1] * load - 1, 0)
+    mean = jnp.mean(jnp.abs(violation), axis=-1)
+    return RouterStatistics(load, jnp.max(violation, axis=-1), mean, dropped=rest[..., 0], entropy=rest[..., 1])
+
+
+def statistics(config: MoEConfig, logits: jax.Array, routed: Routed, live: jax.Array | None = None) -> RouterStatistics:
+    """`figures` of one routing; arguments as in `tally`, live=None counts all tokens."""
+    return figures(tally(config, logits, routed, jnp.ones(routed.ids.shape[:-1], bool) if live is None else live))
 
 
 class MoE(nn.Module):
@@ -402,7 +426,8 @@ class MoE(nn.Module):
     `GroupedOperator` may stand; with `bias` bias [E] = 0, float32; with `shared` shared/{gate,up,down}/kernel as in
     SwiGLU; with `shared_gate` shared_gate/kernel [D, 1].
     Random draws of training (`jitter`, `random_second`) are made where there is a stream "router"; else there are none.
-    Where the collection "intermediates" is asked for, it gets `statistics`.
+    Where the collection "intermediates" is asked for, it gets `statistics`; where a collection "tally" is given, with
+    zeros [E + 2] of that name, their gradient is the `tally` of the tokens that count in `balanced`.
     """
 
     config: MoEConfig
@@ -451,6 +476,7 @@ class MoE(nn.Module):
             if c.shared_gate:
                 always = always * nn.sigmoid(Linear(1, **types, name="shared_gate")(x))
             y = y + always
-        if c.bias or c.aux_coef or c.sequence_coef or c.z_coef:
-            y: Any = balanced(c, y, logits, bias, routed.ids)
+        zeros = self.get_variable("tally", "tally")
+        if c.bias or c.aux_coef or c.sequence_coef or c.z_coef or zeros is not None:
+            y: Any = balanced(c, y, logits, routed, bias, zeros)
         return y

@@ -263,7 +263,7 @@ def _scanned(block, config: TransformerConfig, length: int, unroll: int) -> Any:
     """A module that is called as a block is, scanned over layers or periods."""
     each, same = 0, nn.broadcast
     own = not config.share_layers
-    stacked: dict[Any, Any] = {"intermediates": 0, **({"params": 0} if own else {})}
+    stacked: dict[Any, Any] = {"intermediates": 0, "tally": 0, **({"params": 0} if own else {})}
     return nn.scan(
         block,
         variable_axes=stacked,
@@ -273,6 +273,24 @@ def _scanned(block, config: TransformerConfig, length: int, unroll: int) -> Any:
         length=length,
         unroll=unroll,
     )
+
+
+def tallies(params: Any, tally: jax.Array) -> dict:
+    """The rows of a tally [layers with experts, E + 2], laid to these layers as their parameters lie in the tree."""
+    rows = iter(range(len(tally)))
+
+    def laid(tree):
+        found = {}
+        for name, node in tree.items():
+            if name == "moe":
+                lead = node["down"].shape[:-3]
+                own = tally[jnp.asarray([next(rows) for _ in range(math.prod(lead))])]
+                found[name] = {"tally": own.reshape(*lead, tally.shape[-1])}
+            elif name.endswith(("layers", "periods")):
+                found[name] = laid(node)
+        return found
+
+    return laid(params)
 
 
 def router_statistics(

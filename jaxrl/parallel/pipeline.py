@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrl.kernels.attention import Mask
 from jaxrl.nets.layers import make_norm
-from jaxrl.nets.transformer import TransformerConfig, rotations, stack, windowed
+from jaxrl.nets.transformer import TransformerConfig, rotations, stack, tallies, windowed
 from jaxrl.parallel.divided import lent
 from jaxrl.parallel.experts import experts_on
 from jaxrl.parallel.sharding import BATCH, rows_over
@@ -29,6 +29,7 @@ def pipelined(
     *,
     micro_batches: int | None = None,
     key: jax.Array | None = None,
+    tally: jax.Array | None = None,
 ) -> jax.Array:
     """Hidden states [B, T, D] of a Transformer whose layers are divided over the stages.
 
@@ -45,6 +46,7 @@ def pipelined(
       mask: its arrays [B|1, ...].
       micro_batches: M, a divisor of the rows on a device; None takes the largest up to four for each stage.
       key: for the draws of routers, of their own for each stage and micro-batch; None: there are none. Consumed.
+      tally: as in `LanguageModel.apply`.
 
     Raises:
       ValueError: micro_batches that do not divide the rows.
@@ -62,15 +64,18 @@ def pipelined(
     layers = stack(config, attend, experts_on(mesh), layers=each, unroll=config.unroll)
     number = jnp.arange(each)
 
-    def stage(params, near, x, given, key):
+    def stage(variables, near, x, given, key):
         cos, sin, mask = given
         rngs = {} if key is None else {"router": key}
-        (x, _, _), _ = layers.apply({"params": params}, (x, None, None), number, near, cos, sin, mask, 0, rngs=rngs)
+        (x, _, _), _ = layers.apply(variables, (x, None, None), number, near, cos, sin, mask, 0, rngs=rngs)
         return x
 
     of_stage = lambda a: a.reshape(stages, each, *a.shape[1:])
     of_part = lambda a: jnp.swapaxes(a.reshape(a.shape[0] // parts, parts, *a.shape[1:]), 0, 1)
-    own, near = jax.tree.map(of_stage, (lent(params["layers"], dtype=config.dtype), windowed(config)))
+    variables = {"params": lent(params["layers"], dtype=config.dtype)}
+    if tally is not None:
+        variables["tally"] = tallies(params, tally)["layers"]
+    own, near = jax.tree.map(of_stage, (variables, windowed(config)))
     x, cos, sin = jax.tree.map(of_part, (x, cos, sin))
     x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, batch, "context")))
     varying = lambda a: of_part(a) if a.shape[0] == b > 1 else jnp.broadcast_to(a[None], (parts, *a.shape))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl.losses.reduce import Weighted
+from jaxrl.nets import moe
 from jaxrl.nets.language_model import LanguageModel
 from jaxrl.posttrain.compact_adam import scale_by_compact_adam
 
@@ -262,9 +263,10 @@ def value_and_grad_of(
     number: jax.Array | int,
     micro_batches: int = 1,
 ):
-    """`value_and_grad` of a language model's pass of training, in which its routers draw.
+    """`value_and_grad` of a language model's pass of training, in which its routers draw and are watched.
 
-    The loss is given a model whose `apply` has a key already, so it knows of none; each micro-batch has its own.
+    The loss is given a model whose `apply` has a key and a tally already, so it knows of neither; each micro-batch has
+    its own key.
 
     Args:
       model: see `LanguageModel`; one without `routers` is used as it is.
@@ -274,19 +276,30 @@ def value_and_grad_of(
       number: of the pass in the run.
 
     Returns:
-      As `value_and_grad`.
+      As `value_and_grad`; of a model with routers the metrics have `router_metrics`.
     """
-    if model.routers is None or not model.routers.draws:
+    if model.routers is None:
         return value_and_grad(partial(loss, model), params, batch, micro_batches=micro_batches)
+    zeros = jnp.zeros((model.routers.layers, model.routers.experts + 2))
     key = jax.random.fold_in(jax.random.fold_in(key, ROUTED), number)
     rows = jnp.arange(jax.tree.leaves(batch)[0].shape[0])
 
-    def of_part(params, numbered):
-        part, rows = numbered
-        apply = partial(model.apply, key=jax.random.fold_in(key, rows[0]))
+    def of_part(params_and_tally, numbered):
+        (params, tally), (part, rows) = params_and_tally, numbered
+        apply = partial(model.apply, key=jax.random.fold_in(key, rows[0]), tally=tally)
         return loss(model._replace(apply=apply), params, part)
 
-    return value_and_grad(of_part, params, (batch, rows), micro_batches=micro_batches)
+    value, metrics, (gradient, tally) = value_and_grad(
+        of_part, (params, zeros), (batch, rows), micro_batches=micro_batches
+    )
+    return value, {**metrics, **router_metrics(tally)}, gradient
+
+
+def router_metrics(tally: jax.Array) -> dict[str, jax.Array]:
+    """Means over layers of `nets.moe.figures` of a tally `[layers, experts + 2]`, in any unit."""
+    found = moe.figures(tally)
+    names = ("max_violation", "dropped", "entropy")
+    return {f"router/{name}": jnp.mean(getattr(found, name)) for name in names}
 
 
 def apply_gradients(

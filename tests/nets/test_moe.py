@@ -308,6 +308,8 @@ def test_statistics():
     np.testing.assert_allclose(got.dropped, 2 / 8)
     one = statistics(logits, jnp.arange(4)[None] == 3)
     np.testing.assert_allclose(one.load, np.array([0, 0, 1, 1]) / 2)
+    np.testing.assert_allclose([one.dropped, one.entropy], [0, 1.75 * np.log(2)], rtol=1e-6)
+    assert not any(np.any(x) for x in statistics(logits, jnp.zeros((1, 4), bool)))
 
 
 # balance

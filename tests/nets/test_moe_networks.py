@@ -13,13 +13,14 @@ import pytest
 from jaxrl import config as configuration
 from jaxrl import loop
 from jaxrl.kernels.attention import Causal, Segments
-from jaxrl.nets import adapters
+from jaxrl.nets import adapters, presets
 from jaxrl.nets.language_model import language_model
+from jaxrl.nets.linear_attention import LinearConfig
 from jaxrl.nets.moe import GATINGS, MoEConfig
-from jaxrl.nets.transformer import TransformerConfig, router_statistics
+from jaxrl.nets.transformer import TransformerConfig, router_statistics, tallies
 from jaxrl.posttrain import grpo, preference, sft, update
 from jaxrl.posttrain.rollout import Sampling
-from jaxrl.posttrain.score import log_probs_of
+from jaxrl.posttrain.score import layout_of, log_probs_of
 from jaxrl.types import Pairs, Prompts, TokenBatch
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile
@@ -221,10 +222,9 @@ def test_a_gradient_has_the_noise_of_its_step_and_a_score_has_none():
     np.testing.assert_array_equal(*scores)
 
 
-@pytest.mark.parametrize("gating", [QUIET, None])
-def test_models_without_noise_are_given_no_key(gating):
-    """The program is that of a gradient that knows of no key."""
-    _, model, params = network(gating, layers=1)
+def test_models_without_experts_are_given_neither_key_nor_tally():
+    """The program is that of a gradient that knows of neither."""
+    _, model, params = network(None, layers=1)
     of = functools.partial(update.value_and_grad_of, model, sft.loss, batch=ROWS, key=jax.random.key(0), number=3)
     plain = lambda p: update.value_and_grad(functools.partial(sft.loss, model), p, ROWS)
     text = lambda f: re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(f)(params)))
@@ -265,7 +265,8 @@ def test_loops_give_keys_to_gradients_alone():
     problems = grpo.Problems(Prompts(TOKENS[:, :4], jnp.array([2, 4])), jnp.zeros(2))
     (state, completions, _), had = passes(recipe.sample, recipe.init(key, params), problems)
     assert had == {False}
-    assert passes(recipe.learn, state, completions, jnp.zeros(4))[1] == {True, False}  # the reference has none
+    (_, metrics), had = passes(recipe.learn, state, completions, jnp.zeros(4))
+    assert had == {True, False} and "router/entropy" in metrics  # the reference has none
 
 
 def test_adapters_pass_keys_on():
@@ -277,6 +278,63 @@ def test_adapters_pass_keys_on():
     one, again, other, none = (run(key) for key in (*map(jax.random.key, (0, 0, 1)), None))
     assert jnp.array_equal(one, again) and not jnp.array_equal(one, other)
     np.testing.assert_allclose(none, jit(model.apply)(params, TOKENS)[0], rtol=1e-5, atol=1e-6)
+
+
+# figures of a run
+
+
+def router_figures(metrics):
+    return {name: value for name, value in metrics.items() if name.startswith("router/")}
+
+
+def test_metrics_say_how_routers_spread_tokens_and_change_no_gradient():
+    """Those of a pass over the same tokens, micro-batches or not; the tokens that count are those of the balance."""
+    gating = replace(TIGHT, jitter=0.0, bias=True, score="sigmoid")
+    config, model, params = network(gating, layers=2)
+    batch = TokenBatch(TOKENS, jnp.ones((2, 10)).at[0, 6:].set(0))
+    of = functools.partial(update.value_and_grad_of, model, sft.loss, key=jax.random.key(0), number=0)
+
+    @jit
+    def run(params):
+        plain = update.value_and_grad(functools.partial(sft.loss, model), params, batch)
+        whole, halves = (of(params, batch, micro_batches=n) for n in (1, 2))
+        mask, positions = layout_of(model, batch)
+        seen = router_statistics(config, params, batch.tokens[:, :-1], mask=mask, positions=positions)
+        return plain, whole, halves[1], seen
+
+    plain, whole, halves, seen = run(params)
+    jax.tree.map(np.testing.assert_array_equal, (whole[0], whole[2]), (plain[0], plain[2]))
+    got = router_figures(whole[1])
+    assert set(got) == {"router/max_violation", "router/dropped", "router/entropy"}
+    for name, value in got.items():
+        np.testing.assert_allclose(value, getattr(seen, name.removeprefix("router/")).mean(), rtol=1e-5)
+        np.testing.assert_allclose(halves[name], value, rtol=1e-5)
+    assert got["router/dropped"] > 0.2 and got["router/max_violation"] > 0.1
+
+
+def test_a_shrunk_mixtral_is_watched_in_training():
+    """And in any order of kinds of layers every layer with experts has its row of the tally."""
+    config = presets.shrunk(presets.mixtral_8x7b(), 16, width=16, layers=2, ffn=24, max_length=32)
+    model = language_model(config)
+    recipe = sft.make(sft.SFTConfig(batch=2), model, optax.sgd(0.0))
+    state = recipe.init(jax.random.key(0), jit(model.init)(jax.random.key(1)))
+    (state, metrics), seen = jit(lambda s: (recipe.step(s, ROWS), router_statistics(config, s.params, TOKENS[:, :-1])))(
+        state
+    )
+    for name, value in router_figures(metrics).items():
+        np.testing.assert_allclose(value, getattr(seen, name.removeprefix("router/")).mean(), rtol=1e-5)
+    assert metrics["router/dropped"] == 0 and 0 < metrics["router/entropy"] <= np.log(8)
+
+
+def test_every_layer_with_experts_has_its_row_of_a_tally():
+    linear = LinearConfig("elu+1")
+    config = TransformerConfig(
+        **(DECODER | {"layers": 7}), experts=replace(QUIET, first_dense=1), linear=linear, linear_layers=(1, 2, 4, 5)
+    )
+    shapes = jax.eval_shape(language_model(config).init, jax.random.key(0))
+    rows = jnp.arange(6.0)[:, None].repeat(6, axis=1)
+    leaves = jax.tree.leaves(tallies(shapes, rows))
+    assert sorted(row for leaf in leaves for row in np.asarray(leaf[..., 0]).ravel()) == list(range(6))
 
 
 # capacity

@@ -135,7 +135,7 @@ def batch():
 
 
 def gradient_of(model, config=CONFIG, place=lambda tree: tree):
-    value = functools.partial(update.value_and_grad, functools.partial(sft.loss, model))
+    value = functools.partial(update.value_and_grad_of, model, sft.loss, key=jax.random.key(0), number=0)
     return jax.device_get(jit(value)(place(alone(config)[1]), batch()))
 
 
@@ -156,7 +156,7 @@ MORE = ["expert=8", "data=2,expert=4", "expert=2,context=2,tensor=2", "stage=2,e
 
 @pytest.mark.parametrize("spec", [*MESHES, *map(slow, MORE)])
 def test_supervised_gradients_are_those_of_one_device(spec):
-    """Auxiliary losses and the load in the place of the bias's gradient among them; rows of 12, half of them padded."""
+    """Auxiliary losses, the load in the place of the bias's gradient and router figures too; rows of 12, half padded."""
     model, place = on(spec)
     got, want = gradient_of(model, place=place), expected()
     close(got, want)
