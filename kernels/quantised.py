@@ -128,26 +128,29 @@ def quantised_matmul(
       ValueError: shapes that do not fit; a quantised w of another scheme; a K too deep for int32 sums; blocks of w
         that are not square, with `quantise_gradient`.
     """
-    _check("quantised_matmul", x, w, scheme, 2)
-    if quantise_gradient and (scheme.w_block[0] is None or len({*scheme.w_block, scheme.x_block[1]}) > 1):
-        raise ValueError(
-            f"quantised_matmul: blocks of w are {scheme.w_block}, and quantise_gradient multiplies by w from both "
-            "sides: expected as many rows as columns, as in FP8"
-        )
+    _check("quantised_matmul", x, w, scheme, 2, quantise_gradient)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return _product(scheme, rows, w, None, quantise_gradient).reshape(*x.shape[:-1], _weights(w).shape[-1])
 
 
 def quantised_grouped_matmul(
-    x: jax.Array, w: jax.Array | Quantised, group_sizes: jax.Array, *, scheme: Scheme = FP8
+    x: jax.Array,
+    w: jax.Array | Quantised,
+    group_sizes: jax.Array,
+    *,
+    scheme: Scheme = FP8,
+    quantise_gradient: bool = False,
 ) -> jax.Array:
     """`grouped_matmul` with rows and matrices in 8 bits, as in `quantised_matmul`; rows after the groups give zeros.
+
+    With `quantise_gradient` the blocks along M of dw's factors begin where a group does: a group's gradient depends on
+    its own rows alone.
 
     Args:
       x: rows [M, K], sorted by group.
       w: [E, K, N], float or quantised by the scheme.
       group_sizes: int [E].
-      scheme: as in `quantised_matmul`.
+      scheme, quantise_gradient: as in `quantised_matmul`.
 
     Returns:
       y [M, N] in the dtype of x.
@@ -155,8 +158,8 @@ def quantised_grouped_matmul(
     Raises:
       ValueError: as `quantised_matmul` and `grouped_matmul`.
     """
-    _check("quantised_grouped_matmul", x, w, scheme, 3)
-    return _product(scheme, x, w, group_sizes)
+    _check("quantised_grouped_matmul", x, w, scheme, 3, quantise_gradient)
+    return _product(scheme, x, w, group_sizes, quantise_gradient)
 
 
 def rounding_bound(x: jax.Array, *, dtype: Any, block: Block, power_of_two: bool = False) -> jax.Array:
@@ -234,7 +237,7 @@ def _forward(static, x, w, w_quantised, group_sizes):
 def _backward(static, residuals, dy):
     (scheme, dtype, w_dtype, quantise_gradient), (x, w, group_sizes) = static, residuals
     if quantise_gradient:
-        dx, dw = _quantised_gradients(scheme, x, w, dy)
+        dx, dw = _quantised_gradients(scheme, x, w, dy, group_sizes)
         return dx.astype(dtype), None if w_dtype is None else dw.astype(w_dtype), None, None
     x = dequantise(x, block=scheme.x_block, dtype=dtype)
     w = dequantise(w, block=scheme.w_block, dtype=dtype)
@@ -251,13 +254,46 @@ def _backward(static, residuals, dy):
 _rounded.defvjp(_forward, _backward)
 
 
-def _quantised_gradients(scheme, x: Quantised, w: Quantised, dy) -> tuple[jax.Array, jax.Array]:
+def _quantised_gradients(scheme, x: Quantised, w: Quantised, dy, group_sizes) -> tuple[jax.Array, jax.Array]:
     """dy w'^T and x'^T dy, every factor quantised along the axis that is summed over."""
+    transposed = Quantised(*(jnp.swapaxes(a, -1, -2) for a in w))
+    dx = _sum_of_blocks(scheme, _quantise(scheme, dy, scheme.x_block), transposed, group_sizes)
+    rows = dequantise(x, block=scheme.x_block)
+    if group_sizes is not None:
+        return dx, _outer_of_groups(scheme, rows, dy, group_sizes)
     across = scheme._replace(w_block=scheme.x_block[::-1])
-    transposed = Quantised(*(a.T for a in w))
-    dx = _sum_of_blocks(scheme, _quantise(scheme, dy, scheme.x_block), transposed, None)
-    columns = _quantise(scheme, dequantise(x, block=scheme.x_block).T, scheme.x_block)
+    columns = _quantise(scheme, rows.T, scheme.x_block)
     return dx, _sum_of_blocks(across, columns, _quantise(scheme, dy, across.w_block), None)
+
+
+def _outer_of_groups(scheme, x, dy, group_sizes) -> jax.Array:
+    """x^T dy of each group, [M, K] and [M, N] to float32 [E, K, N], in blocks that a group begins with."""
+    (m, _), block, count = x.shape, scheme.x_block[::-1], len(group_sizes)
+    depth = block[0]
+    ends = jnp.cumsum(jnp.asarray(group_sizes, jnp.int32))
+    last = jnp.cumsum(-(-jnp.diff(ends, prepend=0) // depth))  # blocks up to each group's last
+    row = jnp.arange(m)
+    group = jnp.searchsorted(ends, row, side="right")
+    begin = lambda a: jnp.pad(a, (1, 0))[group]
+    blocks = -(-m // depth) + count  # as many as there can be
+    place = jnp.where(jnp.less(group, count), begin(last) * depth + row - begin(ends), blocks * depth)
+
+    def cut(a):
+        spread = jnp.zeros((blocks * depth, a.shape[1]), jnp.float32).at[place].set(a.astype(jnp.float32), mode="drop")
+        values, scales = _quantise(scheme, spread, block)
+        columns = jnp.broadcast_to(_spread(scales, (blocks, a.shape[1]), (1, block[1])), (blocks, a.shape[1]))
+        return values.reshape(blocks, depth, a.shape[1]), columns
+
+    acc = jnp.int32 if jnp.issubdtype(scheme.dtype, jnp.integer) else jnp.float32
+
+    def add(total, given):
+        (a, a_scale), (b, b_scale), owner = given
+        product = jnp.matmul(a.T, b, preferred_element_type=acc).astype(jnp.float32)
+        return total.at[owner].add(product * (a_scale[:, None] * b_scale[None]), mode="drop"), None
+
+    owner = jnp.searchsorted(last, jnp.arange(blocks), side="right")
+    total = vary_alike(jnp.zeros((count, x.shape[1], dy.shape[1]), jnp.float32), x, dy, group_sizes)[0]
+    return lax.scan(add, total, (cut(x), cut(dy), owner))[0]
 
 
 def _sum_of_blocks(scheme, x: Quantised, w: Quantised, group_sizes):
@@ -338,7 +374,7 @@ def _weights(w) -> jax.Array:
     return w.values if isinstance(w, Quantised) else w
 
 
-def _check(name, x, w, scheme, rank):
+def _check(name, x, w, scheme, rank, quantise_gradient):
     axes = {2: ("[..., K]", "[K, N]"), 3: ("[M, K]", "[E, K, N]")}[rank]
     shape_x, shape_w = jnp.shape(x), jnp.shape(_weights(w))
     if not shape_x or len(shape_w) != rank or (rank == 3 and len(shape_x) != 2) or shape_x[-1] != shape_w[-2]:
@@ -347,6 +383,11 @@ def _check(name, x, w, scheme, rank):
         raise ValueError(
             f"{name}: blocks of x are {scheme.x_block[1]} wide and blocks of w {scheme.w_block[0]} high, "
             "expected the same."
+        )
+    if quantise_gradient and (scheme.w_block[0] is None or len({*scheme.w_block, scheme.x_block[1]}) > 1):
+        raise ValueError(
+            f"{name}: blocks of w are {scheme.w_block}, and quantise_gradient multiplies by w from both "
+            "sides: expected as many rows as columns, as in FP8"
         )
     if jnp.issubdtype(scheme.dtype, jnp.integer) and _depth(scheme, shape_x[-1])[0] > INT32_DEPTH:
         raise ValueError(

@@ -128,8 +128,8 @@ def positive_features(
       x: [..., Dh].
       w: [m, Dh].
       largest: divide each vector by its largest feature, which a ratio notices by its eps alone: for queries.
-      scale: [..., 1], logarithms by which to divide: for keys, `running_largest`. Without, features of keys of length 32
-        are about 1e-11 in a head of 64.
+      scale: [..., 1], logarithms by which to divide: for keys, `running_largest`. Without, features of keys of length
+        32 are about 1e-11 in a head of 64.
 
     Returns:
       [..., m] float32.

@@ -91,7 +91,7 @@ def over_rows(experts: Callable) -> Callable:
 
     @together.def_vmap
     def _(size, batched, *args):
-        if any(batched[3:]):
+        if any(jax.tree.leaves(batched[3:])):
             raise NotImplementedError("over_rows: experts that differ from row to row")
         rows = [x if own else jnp.repeat(x[None], size, axis=0) for x, own in zip(args[:3], batched, strict=False)]
         y = together(*(x.reshape(-1, *x.shape[2:]) for x in rows), *args[3:])

@@ -129,6 +129,27 @@ def test_groups(scheme):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6 * np.abs(b).max())
 
 
+def test_gradients_of_groups_are_those_of_each_alone():
+    """With both products in 8 bits, too: a group's rows share no block with another's."""
+    scheme, sizes = Scheme(jnp.float8_e4m3fn, (1, 4), (4, 4)), (4, 0, 7, 1)
+    x, w, dy = draw(15, 9), draw(4, 9, 5, seed=1), draw(15, 5, seed=2)
+    options = {"scheme": scheme, "quantise_gradient": True}
+    y, back = jax.vjp(lambda x, w: quantised_grouped_matmul(x, w, np.array(sizes), **options), x, w)
+    dx, dw = jit(back)(dy)
+    row, plain = 0, jit(jax.vjp(lambda x, w: quantised_grouped_matmul(x, w, np.array(sizes), scheme=scheme), x, w)[1])
+    for group, size in enumerate(sizes):
+        rows = slice(row, row + size)
+        alone, one = jax.vjp(lambda x, w: quantised_matmul(x, w, **options), x[rows], w[group])
+        for got, want in zip((y[rows], dx[rows], dw[group]), (alone, *one(dy[rows])), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+        row += size
+    assert not dx[row:].any() and not dw[1].any()
+    for rounded, exact in zip((dx, dw), plain(dy), strict=True):
+        assert 1e-3 < np.linalg.norm(rounded - exact) / np.linalg.norm(exact) < 0.1
+    with pytest.raises(ValueError, match="quantised_grouped_matmul: blocks of w are .* from both sides"):
+        quantised_grouped_matmul(x, w, np.array(sizes), scheme=SMALL, quantise_gradient=True)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 def test_weights_may_be_quantised_before(scheme):
     x, dense_w, stack, sizes = draw(6, 9), draw(9, 5), draw(3, 9, 5), np.array([2, 1, 3])
