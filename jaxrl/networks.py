@@ -18,6 +18,7 @@ from jaxrl.nets.config import TransformerConfig
 from jaxrl.nets.densities import made, nade, pixelcnn
 from jaxrl.nets.encoder import Encoder
 from jaxrl.nets.language_model import language_model
+from jaxrl.nets.multi_token import multi_token_model
 from jaxrl.nets.vision import sam, swin, vit, vq
 from jaxrl.nets.weights import maps, vision_language
 
@@ -54,7 +55,12 @@ def _families() -> Iterator[tuple[str, Mapping[str, Any], Callable]]:
     tokens, picture = jnp.zeros((1, 2), jnp.int32), lambda *size: jnp.zeros((1, *size, 3))
     decoder = lambda config, key: language_model(config).init(key)
     yield "decoder", {**_presets(presets), **encoder_presets.GPT2_SIZES, **_presets(chameleon)}, decoder
-    yield "encoder", encoder_presets.SIZES, lambda c, key: Encoder(c).init(key, tokens)["params"]
+    yield "decoder", {"deepseek_v3_mtp": presets.deepseek_v3()}, lambda c, key: multi_token_model(c).model.init(key)
+    yield (
+        "encoder",
+        encoder_presets.SIZES | encoder_presets.SPARSE_SIZES,
+        lambda c, key: Encoder(c).init(key, tokens)["params"],
+    )
     yield "recurrent", recurrent.SIZES, lambda c, key: recurrent.recurrent_language_model(c).init(key)
     yield (
         "vision-language",
@@ -71,6 +77,7 @@ def _families() -> Iterator[tuple[str, Mapping[str, Any], Callable]]:
     )
     named = {f"vq_{name}": config for name, config in vq.SIZES.items() if name != "tiny"}
     yield "vision", named, lambda c, key: vq.VQ(c).init(key, picture(c.size, c.size))["params"]
+    yield "density", {"fvsbn_mnist": made.MADEConfig(784, hidden=())}, _density("made", made)
     for name, module in (("nade", nade), ("made", made), ("pixelcnn", pixelcnn)):
         sizes = {f"{name}_{size}": config for size, config in module.SIZES.items() if not size.startswith("tiny")}
         yield "density", sizes, _density(name, module)

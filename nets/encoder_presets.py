@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from jaxrl.kernels.attention import BigBird, Longformer
 from jaxrl.nets.config import TransformerConfig
 from jaxrl.nets.encoder import EncoderConfig
 
@@ -106,6 +107,20 @@ SIZES |= {
     f"electra_{name}_generator": electra_generator(SIZES[f"electra_{name}"], share)
     for name, share in {"small": 1 / 4, "base": 1 / 3, "large": 1 / 4}.items()
 }
+SPARSE_SIZES: dict[str, EncoderConfig] = {
+    # Zaheer et al. 2020, arXiv:2007.14062; bigbird-roberta-base: a BERT with blocks of 64
+    "bigbird_base": EncoderConfig(
+        encoder(vocab_size=50358, max_length=4096, activation="gelu_tanh", pattern=BigBird(64)),
+        masked=False, pooled="tanh",
+    ),
+    # Beltagy et al. 2020, arXiv:2004.05150; longformer-base-4096: a RoBERTa with a window of 512 and a first token that
+    # all see, which has matrices of its own there
+    "longformer_base": EncoderConfig(
+        encoder(vocab_size=50265, max_length=4098, token_types=1, norm_eps=1e-5, pattern=Longformer(256, 1)),
+        masked=False, pooled="tanh", position_offset=2, family="roberta",
+    ),
+}  # fmt: skip
+"""Encoders that are settings: no checkpoint of theirs opens."""
 GPT2_SIZES: dict[str, TransformerConfig] = {
     # Radford et al. 2019, table 2; distilgpt2 as Sanh et al. 2019
     "gpt2": gpt2(),

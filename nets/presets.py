@@ -126,6 +126,24 @@ def llama2_7b(**changes) -> TransformerConfig:
     return replace(config, **changes)
 
 
+def llama2_13b(**changes) -> TransformerConfig:
+    """Llama 2 13B: 13,015,864,320 parameters."""
+    sizes = {"width": 5120, "layers": 40, "heads": 40, "kv_heads": 40, "ffn": 13824}
+    return replace(llama2_7b(), **(sizes | changes))
+
+
+def llama2_70b(**changes) -> TransformerConfig:
+    """Llama 2 70B: 68,976,648,192 parameters."""
+    sizes = {"width": 8192, "layers": 80, "heads": 64, "kv_heads": 8, "ffn": 28672}
+    return replace(llama2_7b(), **(sizes | changes))
+
+
+def mistral_7b(**changes) -> TransformerConfig:
+    """Mistral 7B, version 0.1 (Jiang et al. 2023, arXiv:2310.06825): 7,241,732,096 parameters, windows of 4096."""
+    sizes = {"kv_heads": 8, "ffn": 14336, "max_length": 32768, "window": 4096}
+    return replace(llama2_7b(), **(sizes | changes))
+
+
 def llama31_8b(**changes) -> TransformerConfig:
     """Llama 3.1 8B (Grattafiori et al. 2024, arXiv:2407.21783): 8,030,261,248 parameters."""
     config = TransformerConfig(
@@ -174,6 +192,28 @@ def qwen25_7b(**changes) -> TransformerConfig:
         rope_base=1e6, qkv_bias=True,
     )  # fmt: skip
     return replace(config, **changes)
+
+
+def qwen25_3b(**changes) -> TransformerConfig:
+    """Qwen2.5 3B: 3,085,938,688 parameters."""
+    sizes = {"width": 2048, "layers": 36, "heads": 16, "ffn": 11008, "max_length": 32768}
+    return replace(qwen25_1_5b(), **(sizes | changes))
+
+
+def qwen25_14b(**changes) -> TransformerConfig:
+    """Qwen2.5 14B: 14,770,033,664 parameters."""
+    sizes = {"width": 5120, "layers": 48, "heads": 40, "kv_heads": 8, "ffn": 13824}
+    return replace(qwen25_7b(), **(sizes | changes))
+
+
+def qwen25_32b(**changes) -> TransformerConfig:
+    """Qwen2.5 32B: 32,763,876,352 parameters."""
+    return replace(qwen25_14b(), **({"layers": 64, "ffn": 27648} | changes))
+
+
+def qwen25_72b(**changes) -> TransformerConfig:
+    """Qwen2.5 72B: 72,706,203,648 parameters."""
+    return replace(qwen25_14b(), **({"width": 8192, "layers": 80, "heads": 64, "ffn": 29568} | changes))
 
 
 def qwen3_0_6b(**changes) -> TransformerConfig:
@@ -256,6 +296,13 @@ def mixtral_8x7b(**changes) -> TransformerConfig:
     return replace(config, **changes)
 
 
+def mixtral_8x22b(**changes) -> TransformerConfig:
+    """Mixtral 8x22B, version 0.1 (Mistral AI 2024): 140,620,634,112 parameters."""
+    experts = replace(GATINGS["mixtral"], ffn=16384)
+    sizes = {"width": 6144, "layers": 56, "heads": 48, "ffn": 16384, "experts": experts, "max_length": 65536}
+    return replace(mixtral_8x7b(), **(sizes | changes))
+
+
 def qwen15_moe_a2_7b(**changes) -> TransformerConfig:
     """Qwen1.5-MoE-A2.7B (Qwen 2024): 14,315,784,192 parameters."""
     config = TransformerConfig(
@@ -272,6 +319,13 @@ def qwen3_30b_a3b(**changes) -> TransformerConfig:
         head_dim=128, max_length=40960, rope_base=1e6, qk_norm=True,
     )  # fmt: skip
     return replace(config, **changes)
+
+
+def qwen3_235b_a22b(**changes) -> TransformerConfig:
+    """Qwen3 235B-A22B: 235,093,634,560 parameters."""
+    experts = replace(GATINGS["qwen3_moe"], ffn=1536)
+    sizes = {"width": 4096, "layers": 94, "heads": 64, "ffn": 12288, "experts": experts}
+    return replace(qwen3_30b_a3b(), **(sizes | changes))
 
 
 def deepseek_v2_lite(**changes) -> TransformerConfig:
@@ -345,6 +399,53 @@ def transnormer(vocab_size: int, width: int, layers: int, variant: str = "t2", *
     return llama_like(vocab_size, width, layers, **(sizes | changes))
 
 
+PLAIN: dict[str, Any] = {
+    "positions": "learned", "norm": "layer", "norm_eps": 1e-5, "gated": False, "activation": "gelu", "bias": True,
+    "tie_embeddings": False,
+}  # fmt: skip
+"""A Transformer of 2017 to 2020: learned positions, LayerNorm, no gates, biases."""
+
+
+def linear_transformer_mnist(**changes) -> TransformerConfig:
+    """The Linear Transformer of MNIST's pixels: 8 layers of 8 heads of 32 (arXiv:2006.16236, section 4.2).
+
+    Its output is a class of 256, where the paper has a mixture of ten logistics.
+    """
+    sizes = {"heads": 8, "kv_heads": 8, "ffn": 1024, "max_length": 784, "linear": LinearConfig(rotary=False)}
+    return linear_transformer(256, 256, 8, **(PLAIN | sizes | changes))
+
+
+def performer_protein(**changes) -> TransformerConfig:
+    """The causal Performer of protein sequences: 36 layers of width 512, ffn 1024 (arXiv:2009.14794, appendix A).
+
+    The vocabulary is ours: 20 amino acids, five rare ones and the ends, in 32 rows.
+    """
+    linear = LinearConfig("performer", rotary=False)
+    sizes = {"heads": 8, "kv_heads": 8, "ffn": 1024, "max_length": 8192, "linear": linear}
+    return performer(32, 512, 36, **(PLAIN | sizes | changes))
+
+
+def transnormer_t1(**changes) -> TransformerConfig:
+    """TransNormer T1 at the sizes of fairseq's language model: 6 layers of width 512, a vocabulary of our own."""
+    sizes = {"heads": 8, "kv_heads": 8, "ffn": 2048, "max_length": 512}
+    return transnormer(50265, 512, 6, "t1", **(PLAIN | sizes | {"tie_embeddings": True} | changes))
+
+
+def transnormer_t2(**changes) -> TransformerConfig:
+    """TransNormer T2 at the sizes of `transnormer_t1`."""
+    sizes = {"heads": 8, "kv_heads": 8, "ffn": 2048, "max_length": 512}
+    return transnormer(50265, 512, 6, "t2", **(PLAIN | sizes | {"tie_embeddings": True} | changes))
+
+
+def retnet_1_3b(**changes) -> TransformerConfig:
+    """RetNet 1.3B's sizes: 24 layers of width 2048, heads of 256, ffn 4096 without a gate (arXiv:2307.08621).
+
+    Values are as wide as keys, where the paper's are twice as wide: 3 width^2 fewer numbers in each layer.
+    """
+    sizes = {"heads": 8, "kv_heads": 8, "ffn": 4096, "gated": False, "activation": "gelu", "max_length": 2048}
+    return retnet_like(50257, 2048, 24, **(sizes | changes))
+
+
 LIGHTNING = LinearConfig(
     "silu", normalise=False, norm="all", decay="lightning", gate="sigmoid", values="silu", rotary=False
 )
@@ -370,8 +471,8 @@ def minimax_text_01(**changes) -> TransformerConfig:
 def sparse_transformer_enwik8(**changes) -> TransformerConfig:
     """The Sparse Transformer of enwik8 (Child et al. 2019, arXiv:1904.10509): fixed pattern, both its heads in one.
 
-    30 layers of width 512, blocks of 128 with 32 summary columns, 12,288 bytes of context; positions are one table,
-    where the paper sums two.
+    30 layers of width 512, blocks of 128 with 32 summary columns, 12,288 bytes of context. 101,126,144 parameters and
+    not 95M: positions are one table of 12,288 rows, where the paper sums one of 96 and one of 128.
     """
     config = TransformerConfig(
         vocab_size=256, width=512, layers=30, heads=8, kv_heads=8, ffn=2048, max_length=12288, pattern=Fixed(128, 32),

@@ -393,4 +393,7 @@ SIZES: dict[str, RecurrentConfig] = {
     # Zaremba et al. 2014, arXiv:1409.2329: words of the Penn Treebank, 20 and 66 million parameters
     "zaremba_medium": RecurrentConfig(vocab_size=10_000, width=650, layers=2),
     "zaremba_large": RecurrentConfig(vocab_size=10_000, width=1500, layers=2),
+    # the medium one with other cells, of our own
+    "rnn_medium": RecurrentConfig(vocab_size=10_000, width=650, layers=2, cell="tanh"),
+    "gru_medium": RecurrentConfig(vocab_size=10_000, width=650, layers=2, cell="gru"),
 }

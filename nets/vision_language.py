@@ -220,8 +220,17 @@ SIZES = {
     "qwen25_vl_7b": VisionLanguageConfig(
         presets.qwen25_7b(rope_sections=(16, 24, 24), max_length=128000), TOWERS["qwen25_vl_7b"], 2
     ),
+    "qwen25_vl_32b": VisionLanguageConfig(
+        presets.qwen25_32b(rope_sections=(16, 24, 24), max_length=128000), TOWERS["qwen25_vl_32b"], 2
+    ),
+    "qwen25_vl_72b": VisionLanguageConfig(
+        presets.qwen25_72b(rope_sections=(16, 24, 24), max_length=128000), TOWERS["qwen25_vl_72b"], 2
+    ),
     # Kimi Team 2025, arXiv:2504.07491: Moonlight's, after the stage for long texts
     "kimi_vl_a3b": VisionLanguageConfig(
         presets.moonlight_16b_a3b(rope_base=8e5, max_length=131072), TOWERS["moonvit_so_400m"]
     ),
 }
+# Qin et al. 2025, arXiv:2501.12326: Qwen2-VL, trained on; UI-TARS-1.5: Qwen2.5-VL
+SIZES |= {f"ui_tars_{size}": SIZES[f"qwen2_vl_{size}"] for size in ("2b", "7b", "72b")}
+SIZES["ui_tars_15_7b"] = SIZES["qwen25_vl_7b"]

@@ -337,6 +337,8 @@ SIZES = {
     # Bai et al. 2025, arXiv:2502.13923, table 1; ffn as in the models' config files
     "qwen25_vl_3b": PackedViTConfig(**_QWEN25, ffn=3420, out=2048),
     "qwen25_vl_7b": PackedViTConfig(**_QWEN25, ffn=3420, out=3584),
+    "qwen25_vl_32b": PackedViTConfig(**_QWEN25, ffn=3456, out=5120),
+    "qwen25_vl_72b": PackedViTConfig(**_QWEN25, ffn=3456, out=8192),
     # Kimi Team 2025, arXiv:2504.07491: MoonViT, which began as SigLIP-SO-400M, under Moonlight's width
     "moonvit_so_400m": PackedViTConfig(
         width=1152, layers=27, heads=16, ffn=4304, out=2048, grid=(64, 64), rope="alternating", patch_bias=True,

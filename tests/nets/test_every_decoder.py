@@ -1,5 +1,6 @@
 """Every language network through SFT, DPO and GRPO as they are; the trainer scores what the sampler drew."""
 
+import dataclasses
 import functools
 
 import jax
@@ -82,6 +83,22 @@ def test_a_run_names_the_network_that_it_is_like():
     assert (config.vocab_size, config.max_length, config.width, config.dense_layers) == (50, 40, 32, 1)
     given = network(recipes.ModelConfig(like="qwen3-0.6b", kv_heads=4, remat="none", tie_embeddings=False), 50, 40)
     assert (given.kv_heads, given.remat, given.tie_embeddings, given.qk_norm) == (4, "none", False, True)
-    for like, message in (("bert-base", "is no decoder"), ("deepseek-v9", "did you mean 'deepseek_v")):
+    kinds = {
+        "performer-protein": lambda c: c.linear.features == "performer" and c.linear.random == 16,
+        "transnormer-t2": lambda c: c.linear_layers == (1,) and c.pattern is not None,
+        "retnet-1.3b": lambda c: c.linear.decay == "retention" and not c.gated,
+        "linear-transformer-mnist": lambda c: c.linear.normalise and c.positions == "learned",
+        "qwen2.5-vl-7b": lambda c: c.qkv_bias and c.rope_sections is None,
+        "kimi-vl-a3b": lambda c: c.latent and c.experts.bias,
+    }
+    for like, right in kinds.items():
+        config = network(dataclasses.replace(options, like=like), 50, 40)
+        assert right(config) and (config.vocab_size, config.width) == (50, 32), like
+        jax.eval_shape(lambda key, c=config: language_model(c).init(key), jax.random.key(0))
+    refused = {
+        "bert-base": "is no decoder", "gru-medium": "no decoder but of the family recurrent",
+        "vit-b16": "family vision", "deepseek-v9": "did you mean 'deepseek_v",
+    }  # fmt: skip
+    for like, message in refused.items():
         with pytest.raises(ValueError, match=message):
             network(recipes.ModelConfig(like=like), 50, 40)

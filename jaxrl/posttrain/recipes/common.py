@@ -31,7 +31,8 @@ class ModelConfig:
     dtype change what they are set to; the rest is its own."""
 
     like: str = ""
-    """A network of `jaxrl nets`, such as deepseek-v3, whose choices it has at the sizes below; empty: a Llama."""
+    """A network of `jaxrl nets`, such as deepseek-v3, whose choices it has at the sizes below; of a vision-language
+    network its decoder; empty: a Llama."""
     width: int = 64
     """Width of the residual stream."""
     layers: int = 2
@@ -65,9 +66,15 @@ def network(options: ModelConfig, vocab_size: int, max_length: int) -> Transform
         return TransformerConfig(vocab_size=vocab_size, max_length=max_length, **(plain | given))
     from jaxrl import networks
 
-    config = networks.find(options.like).config
+    found = networks.find(options.like)
+    config = getattr(found.config, "text", found.config)
     if not isinstance(config, TransformerConfig):
-        raise ValueError(f"--model.like {options.like} is no decoder; `jaxrl nets --family decoder` lists them")
+        raise ValueError(
+            f"--model.like {options.like} is no decoder but of the family {found.family}; `jaxrl nets --family "
+            "decoder` lists what a run can be like, and of vision-language networks it takes the decoder"
+        )
+    if config.rope_sections:  # in a row of text all three are the column
+        config = dataclasses.replace(config, rope_sections=None)
     vocab_size += not config.causal  # the mask
     return presets.shrunk(config, vocab_size, max_length=max_length, **given)
 
