@@ -67,7 +67,7 @@ class TransformerConfig:
     norm_place: Literal["pre", "post", "branch"] = "pre"  # x + f(norm(x)), norm(x + f(x)), x + norm(f(x))
     norm_eps: float = 1e-6
     residual: float = 1.0  # factor on x in all these sums (DeepNorm's alpha)
-    gated: bool = True  # feed-forward layers: act(x W_gate) * x W_up, or act(x W_up)
+    gated: bool = True  # feed-forward layers, but not experts: act(x W_gate) * x W_up, or act(x W_up)
     activation: Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"] = "silu"
     bias: bool | Literal["ffn"] = False  # beside every matrix of a layer; "ffn": of its feed-forward layer alone (DiT)
     qkv_bias: bool = False  # beside those of queries, keys and values (Qwen2)
@@ -138,11 +138,8 @@ class TransformerConfig:
             raise ValueError("latent and linear layers turn different numbers of a head: give linear.rotary=False")
         if self.latent and (self.bias or self.qkv_bias):
             raise ValueError("latent attention with bias or qkv_bias: its matrices have none")
-        if self.experts and (not self.gated or self.activation != "silu" or self.bias):
-            raise ValueError(
-                f"experts with gated {self.gated}, activation {self.activation!r} and bias {self.bias}: they are "
-                "SwiGLU layers without biases"
-            )
+        if self.experts and self.bias:
+            raise ValueError(f"experts with bias {self.bias}: they have none")
         if not self.latent and getattr(self.rope_scaling, "mscale_all_dim", 0.0):
             raise ValueError("rope_scaling.mscale_all_dim is of latent attention's scores; expected 0 without latent")
         if any(self.kinds[i].linear for i in self.window_layers or ()):

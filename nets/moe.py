@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxrl.kernels.experts import combine, dispatch, sort_by_expert
 from jaxrl.kernels.grouped_matmul import grouped_matmul
-from jaxrl.nets.layers import FeedForward, Linear, Operator, normal
+from jaxrl.nets.layers import ACTIVATIONS, FeedForward, Linear, Operator, normal
 
 PRODUCT = "expert_product"
 """Name, for policies of `jax.checkpoint`, of products whose rows are all in use (exchanged ones may be mostly room)."""
@@ -35,6 +35,8 @@ class MoEConfig:
     experts: int  # E
     top_k: int  # k, experts of each token
     ffn: int  # F, inner width of an expert
+    gated: bool = True  # experts are (act(x W_gate) * x W_up) W_down, or act(x W_up) W_down; the shared one, too
+    activation: Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"] = "silu"
     shared: int = 0  # inner width of the expert that every token goes through; 0: none. Several are one wide one
     shared_gate: bool = False  # its output times sigmoid(x w) (Qwen2-MoE)
     first_dense: int = 0  # so many first layers have the config's plain `ffn` instead
@@ -46,7 +48,9 @@ class MoEConfig:
     group_score: int = 1  # a group counts as the sum of so many of its best
     bias: bool = False  # added to the scores for choosing, not for weighing; moved by the load alone
     capacity_factor: float | None = None  # an expert's room in a row, in units of k T / E; None: no choice is dropped
+    eval_capacity_factor: float | None = None  # where no key is given (scoring, sampling); None: the same
     jitter: float = 0.0  # training: the router sees x times U(1 - jitter, 1 + jitter)
+    noisy: bool = False  # training: logits plus N(0, 1) softplus(x W_noise)
     random_second: bool = False  # training: the second choice is kept with probability 2 w_2
     aux_coef: float = 0.0  # balance over the pass
     aux_choices: int | None = None  # how many of the k choices count in it; None: all
@@ -72,9 +76,15 @@ class MoEConfig:
             )
         if self.score not in ("softmax", "sigmoid"):
             raise ValueError(f"score is {self.score!r}, expected 'softmax' or 'sigmoid'")
-        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {self.activation!r}, expected one of {', '.join(map(repr, ACTIVATIONS))}")
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            factor = getattr(self, name)
+            if factor is not None and not 0 < factor < math.inf:
+                raise ValueError(f"{name} is {factor}, expected a number above 0, or None to drop nothing")
+        if self.eval_capacity_factor is not None and self.capacity_factor is None:
             raise ValueError(
-                f"capacity_factor is {self.capacity_factor}, expected a number above 0, or None to drop nothing"
+                f"eval_capacity_factor is {self.eval_capacity_factor} without a capacity_factor: give both, or neither"
             )
         if self.random_second and not (self.top_k == 2 and self.normalise):
             raise ValueError(f"random_second with top_k {self.top_k}: expected top_k=2 and normalise=True")
@@ -91,19 +101,20 @@ class MoEConfig:
     @property
     def draws(self) -> bool:
         """Whether a pass with a key differs from one without."""
-        return bool(self.jitter or self.random_second)
+        return bool(self.jitter or self.random_second or self.noisy or self.eval_capacity_factor)
 
     @property
     def drops(self) -> bool:
         """Whether a choice may find no room: not where an expert has that of all tokens."""
-        return self.capacity_factor is not None and self.capacity_factor * self.top_k < self.experts
+        factors = (self.capacity_factor, self.eval_capacity_factor)
+        return any(factor is not None and factor * self.top_k < self.experts for factor in factors)
 
 
 class Routers(NamedTuple):
     """What a loop knows of a network with experts.
 
     draws: whether its pass of training takes a key. drops: whether the result for a token may depend on those after it,
-    which take room of experts. layers, experts: how many have them, and how many each; a tally is [layers, experts + 2].
+    which take room of experts. layers: how many have experts. experts: of one layer; a tally is [layers, experts + 2].
     """
 
     draws: bool
@@ -114,10 +125,13 @@ class Routers(NamedTuple):
 
 GATINGS = {
     # Fedus et al. 2021, arXiv:2101.03961; Switch-Base with 128 experts
-    "switch": MoEConfig(128, 1, 3072, capacity_factor=1.25, jitter=0.01, aux_coef=0.01),
+    "switch": MoEConfig(
+        128, 1, 3072, gated=False, activation="relu", capacity_factor=1.25, jitter=0.01, aux_coef=0.01
+    ),
     # Lepikhin et al. 2020, arXiv:2006.16668; the 600B model's 2048 experts
     "gshard": MoEConfig(
-        2048, 2, 8192, normalise=True, capacity_factor=1.0, random_second=True, aux_coef=0.01, aux_choices=1
+        2048, 2, 8192, gated=False, activation="relu", normalise=True, capacity_factor=1.0, random_second=True,
+        aux_coef=0.01, aux_choices=1,
     ),
     # Jiang et al. 2024, arXiv:2401.04088; 8x7B
     "mixtral": MoEConfig(8, 2, 14336, normalise=True, aux_coef=0.02),
@@ -138,9 +152,12 @@ GATINGS = {
 }  # fmt: skip
 """Gating of published models with their published sizes; `dataclasses.replace` makes smaller ones.
 
-Deviations: every expert is a SwiGLU layer (Switch and GShard have ReLU ones). Balance losses are 1 at perfect balance:
-GShard's own is that / E^2, the one of transformers' Mixtral and Qwen-MoE is k times it. DeepSeek-V2's losses over
-devices and communication are left out.
+Switch and GShard are T5's encoders and decoders, of which this library has none: here their layers are in decoders of
+other kinds. Shazeer et al. 2017 (arXiv:1701.06538) are `noisy` and `normalise` with layers as theirs; their losses of
+importance and load are not here.
+
+Deviations: balance losses are 1 at perfect balance: GShard's own is that / E^2, the one of transformers' Mixtral and
+Qwen-MoE is k times it. DeepSeek-V2's losses over devices and communication are left out.
 """
 
 
@@ -154,6 +171,14 @@ class Routed(NamedTuple):
     ids: jax.Array
     weights: jax.Array
     kept: jax.Array | None = None
+
+
+def noised(logits: jax.Array, spread: jax.Array, key: jax.Array) -> jax.Array:
+    """logits + N(0, 1) softplus(spread), of one shape (Shazeer et al. 2017, arXiv:1701.06538, equation 4).
+
+    With `normalise` what `route` makes of it is the paper's softmax over the k largest. The key is consumed.
+    """
+    return logits + jax.random.normal(key, logits.shape) * jax.nn.softplus(spread)
 
 
 def route(
@@ -179,11 +204,13 @@ def route(
     before the other's second. A row decoded token by token drops nothing. So log-probs of a whole row are not those
     under which it was sampled: reinforcement learning should drop nothing, and `grpo` refuses what does.
 
+    A key says that this is training; without one an `eval_capacity_factor` counts.
+
     Args:
       config: the gating.
       logits: float32 [..., T, E].
       bias: float32 [E], or None.
-      key: for `random_second`; None keeps every second choice. Consumed.
+      key: of training, for `random_second`; None keeps every second choice. Consumed.
       real: bool [..., T] broadcastable, False on padding, which a capacity gives no expert; None: all are tokens.
 
     Returns:
@@ -203,7 +230,8 @@ def route(
     weights = jnp.take_along_axis(scores, ids, axis=-1)
     if c.normalise:
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
-    kept = None if c.capacity_factor is None else _within_capacity(c, ids, real)
+    factor = c.capacity_factor if key is not None or c.eval_capacity_factor is None else c.eval_capacity_factor
+    kept = None if factor is None else _within_capacity(factor, c.experts, ids, real)
     if c.random_second and key is not None:
         drawn = jax.random.uniform(key, weights.shape[:-1]) < 2 * lax.stop_gradient(weights[..., 1])
         drawn = jnp.stack([jnp.ones_like(drawn), drawn], axis=-1)
@@ -215,49 +243,67 @@ def _scores(config, logits):
     return jax.nn.softmax(logits, axis=-1) if config.score == "softmax" else jax.nn.sigmoid(logits)
 
 
-def _within_capacity(config, ids, real):
+def _within_capacity(factor, experts, ids, real):
     """Whether each choice finds room, [..., T, k]."""
     *lead, t, k = ids.shape
     real = jnp.broadcast_to(True if real is None else real, (*lead, t))
-    rooms = np.minimum(-(-config.capacity_factor * k * np.arange(t + 1) // config.experts), t).astype(np.int32)
+    rooms = np.minimum(-(-factor * k * np.arange(t + 1) // experts), t).astype(np.int32)
     room = jnp.asarray(rooms)[jnp.sum(real, axis=-1)][..., None]
     slots = lambda x: jnp.swapaxes(x, -1, -2).reshape(*lead, k * t)
     counted = slots(jnp.broadcast_to(real[..., None], ids.shape))
-    chosen = jax.nn.one_hot(slots(ids), config.experts, dtype=jnp.int32) * counted[..., None]
+    chosen = jax.nn.one_hot(slots(ids), experts, dtype=jnp.int32) * counted[..., None]
     before = jnp.sum((jnp.cumsum(chosen, axis=-2) - 1) * chosen, axis=-1)
     return jnp.swapaxes((counted & (before < room)).reshape(*lead, k, t), -1, -2)
 
 
 def experts(
-    x: jax.Array, ids: jax.Array, weights: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, *, dtype=None
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    gate: jax.Array | None,
+    up: jax.Array,
+    down: jax.Array,
+    *,
+    dtype=None,
+    activation: Callable = jax.nn.silu,
 ) -> jax.Array:
     """The weighted sum of what a token's experts make of it; no choice is dropped for want of room.
 
-        y_t = sum_j w_tj (silu(x_t gate[e]) * (x_t up[e])) down[e]   with e = ids_tj
+        y_t = sum_j w_tj (act(x_t gate[e]) * (x_t up[e])) down[e]   with e = ids_tj
 
     Args:
       x: [..., D].
       ids: int [..., k]. An id outside [0, E) is no expert and adds nothing.
       weights: [..., k].
-      gate, up: [E, D, F], in the dtype of x. down: [E, F, D].
+      gate, up: [E, D, F], in the dtype of x; without a gate act(x_t up[e]) down[e]. down: [E, F, D].
       dtype: of the result, summed in float32; default that of x.
+      activation: act.
 
     Returns:
       [..., D].
     """
     k, width = ids.shape[-1], x.shape[-1]
-    routing = sort_by_expert(ids.reshape(-1, k), num_experts=gate.shape[0])
+    routing = sort_by_expert(ids.reshape(-1, k), num_experts=up.shape[0])
     rows = dispatch(x.reshape(-1, width), routing)
-    rows = of_each(rows, gate, up, down, routing.group_sizes, keep=lambda y: checkpoint_name(y, PRODUCT))
+    keep = lambda y: checkpoint_name(y, PRODUCT)
+    rows = of_each(rows, gate, up, down, routing.group_sizes, activation=activation, keep=keep)
     return combine(rows, routing, weights.reshape(-1, k), dtype=dtype).reshape(x.shape)
 
 
 def of_each(
-    rows: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, sizes: jax.Array, keep: Callable = lambda y: y
+    rows: jax.Array,
+    gate: jax.Array | None,
+    up: jax.Array,
+    down: jax.Array,
+    sizes: jax.Array,
+    *,
+    activation: Callable = jax.nn.silu,
+    keep: Callable = lambda y: y,
 ) -> jax.Array:
-    """SwiGLU of rows [R, D] that are sorted by expert, `sizes` [E] of each; `keep` sees each product."""
-    inner = jax.nn.silu(keep(grouped(rows, gate, sizes))) * keep(grouped(rows, up, sizes))
-    return keep(grouped(inner, down, sizes))
+    """Experts on rows [R, D] that are sorted by them, `sizes` [E] of each; `keep` sees each product."""
+    product = lambda x, matrices: keep(grouped(x, matrices, sizes))
+    inner = activation(product(rows, up)) if gate is None else activation(product(rows, gate)) * product(rows, up)
+    return product(inner, down)
 
 
 @runtime_checkable
@@ -422,10 +468,10 @@ def statistics(config: MoEConfig, logits: jax.Array, routed: Routed, live: jax.A
 class MoE(nn.Module):
     """y = sum_j w_j expert_j(x) (+ shared(x)), over the k experts that the router chose, in float32.
 
-    Parameters: router/kernel [D, E]; gate, up [E, D, F] and down [E, F, D] (from `out_init`), in whose place a
-    `GroupedOperator` may stand; with `bias` bias [E] = 0, float32; with `shared` shared/{gate,up,down}/kernel as in
-    SwiGLU; with `shared_gate` shared_gate/kernel [D, 1].
-    Random draws of training (`jitter`, `random_second`) are made where there is a stream "router"; else there are none.
+    Parameters: router/kernel [D, E]; gate (if gated), up [E, D, F] and down [E, F, D] (from `out_init`), in whose place
+    a `GroupedOperator` may stand; with `bias` bias [E] = 0, float32; with `noisy` router_noise/kernel [D, E] = 0; with
+    `shared` shared/{gate,up,down}/kernel as in `FeedForward`; with `shared_gate` shared_gate/kernel [D, 1].
+    A stream "router" says that this is training and gives its draws (`jitter`, `noisy`, `random_second`).
     Where the collection "intermediates" is asked for, it gets `statistics`; where a collection "tally" is given, with
     zeros [E + 2] of that name, their gradient is the `tally` of the tokens that count in `balanced`.
     """
@@ -452,17 +498,21 @@ class MoE(nn.Module):
             return stored
 
         matrices = (
-            kernel("gate", normal(0.02), d, c.ffn),
+            kernel("gate", normal(0.02), d, c.ffn) if c.gated else None,
             kernel("up", normal(0.02), d, c.ffn),
             kernel("down", self.out_init, c.ffn, d),
         )
-        seen, key = x.astype(jnp.float32), None
-        if self.has_rng("router") and (c.jitter or c.random_second):
-            first, key = jax.random.split(self.make_rng("router"))
-            if c.jitter:
-                seen = seen * jax.random.uniform(first, x.shape, minval=1 - c.jitter, maxval=1 + c.jitter)
+        seen = x.astype(jnp.float32)
+        training = c.draws and self.has_rng("router")
+        of_jitter, of_noise, key = jax.random.split(self.make_rng("router"), 3) if training else (None,) * 3
+        if c.jitter and of_jitter is not None:
+            seen = seen * jax.random.uniform(of_jitter, x.shape, minval=1 - c.jitter, maxval=1 + c.jitter)
         dot: Any = partial(jnp.dot, precision=lax.Precision.HIGHEST)
-        logits = Linear(c.experts, dtype="float32", param_dtype=self.param_dtype, dot=dot, name="router")(seen)
+        scores = partial(Linear, c.experts, dtype="float32", param_dtype=self.param_dtype, dot=dot)
+        logits = scores(name="router")(seen)
+        if c.noisy:
+            spread = scores(kernel_init=nn.initializers.zeros, name="router_noise")(seen)
+            logits = logits if of_noise is None else noised(logits, spread, of_noise)
         bias = self.param("bias", nn.initializers.zeros, (c.experts,), jnp.float32) if c.bias else None
         routed = route(c, logits, bias, key=key, real=real)
         if self.is_mutable_collection("intermediates"):
@@ -470,9 +520,10 @@ class MoE(nn.Module):
             self.sow("intermediates", "statistics", statistics(c, logits, routed, live))
         ids = routed.ids if routed.kept is None else jnp.where(routed.kept, routed.ids, c.experts)
         x = x.astype(self.dtype)
-        y = self.experts(x, ids, routed.weights, *matrices)
+        form = {} if c.activation == "silu" else {"activation": ACTIVATIONS[c.activation]}
+        y = self.experts(x, ids, routed.weights, *matrices, **form)
         if c.shared:
-            always = FeedForward(c.shared, self.out_init, **types, name="shared")(x)
+            always = FeedForward(c.shared, self.out_init, c.gated, c.activation, **types, name="shared")(x)
             if c.shared_gate:
                 always = always * nn.sigmoid(Linear(1, **types, name="shared_gate")(x))
             y = y + always

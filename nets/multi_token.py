@@ -85,6 +85,15 @@ def over_rows(experts: Callable) -> Callable:
     Products of groups have no batching of their own. Gradients do not pass.
     """
 
+    def called(*args, **form):
+        return rows_together(partial(experts, **form))(*args)
+
+    return called
+
+
+def rows_together(experts: Callable) -> Callable:
+    """`over_rows` of a function of arrays alone."""
+
     @jax.custom_batching.custom_vmap
     def together(*args):
         return experts(*args)

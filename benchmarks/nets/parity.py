@@ -27,7 +27,8 @@ compiled as tests are. Losses are left to the tests. A gradient that is 0 but fo
 compared with the largest gradient of its network. In brackets: how many tensors; those of swinv2 are float64's, as its
 sharp cosine attention amplifies rounding: torch's own in float32 are 1.4e-4 away. What stands against vqgan is written
 in torch beside its values: transformers has no decoder of pictures. llada's reference is transformers' Llama with
-nothing masked, dit's the authors' class of BD3-LM, phi3's a Llama of ours whose heads turn in part. Written by
+nothing masked, dit's the authors' class of BD3-LM, phi3's a Llama of ours whose heads turn in part. switch and
+moe_layers, those of the five mixtures above, are layers alone, balance losses among their gradients. Written by
 `python benchmarks/nets/parity.py`.
 
 | network | reference | cases | largest error of outputs | of gradients |
@@ -46,6 +47,7 @@ NETWORKS = {  # and the script in tests/golden that wrote the values
     "make_vision": ("vit", "swin", "swinv2", "vqgan"),
     "make_sam": ("sam",),
     "make_recurrent": ("rnn", "lstm", "gru"),
+    "make_moe": ("switch", "moe_layers"),
 }
 SCRIPT = {network: script for script, networks in NETWORKS.items() for network in networks}
 TESTS = {  # and the network of the tests in it that name none
@@ -62,6 +64,7 @@ TESTS = {  # and the network of the tests in it that name none
     "nets/test_swin.py": "swinv2",
     "nets/test_sam.py": "sam",
     "nets/test_recurrent.py": "rnn",
+    "nets/test_moe.py": "moe_layers",
 }
 
 

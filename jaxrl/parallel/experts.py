@@ -28,7 +28,7 @@ def experts_on(mesh: Mesh) -> Callable:
     """
     n, parts = mesh.shape["expert"], mesh.shape["context"]
 
-    def on_mesh(x, ids, weights, gate, up, down, *, dtype=None):
+    def on_mesh(x, ids, weights, gate, up, down, *, dtype=None, activation=jax.nn.silu):
         dtype = x.dtype if dtype is None else dtype
         whole = x.shape[1] % parts == 0
         batch = rows_over(mesh, x.shape[0], BATCH if whole else (*BATCH, "context"))
@@ -37,14 +37,15 @@ def experts_on(mesh: Mesh) -> Callable:
         def local(x, ids, weights, gate, up, down):
             k, width = ids.shape[-1], x.shape[-1]
             if travels:
-                routing = sort_by_expert(ids.reshape(-1, k), num_experts=n * gate.shape[0])
+                routing = sort_by_expert(ids.reshape(-1, k), num_experts=n * up.shape[0])
                 rows, plan = exchange(dispatch(x.reshape(-1, width), routing), routing.group_sizes, axis_name="expert")
-                rows = of_each(rows, gate, up, down, plan.routing.group_sizes)
+                rows = of_each(rows, gate, up, down, plan.routing.group_sizes, activation=activation)
                 rows = exchange_back(rows, plan, axis_name="expert")
                 y = combine(rows, routing, weights.reshape(-1, k), dtype=jnp.float32).reshape(x.shape)
             else:
-                own = local_experts(ids, num_local=gate.shape[0], axis_name="expert")
-                y = lax.psum(experts(x, own, weights, gate, up, down, dtype=jnp.float32), "expert")
+                own = local_experts(ids, num_local=up.shape[0], axis_name="expert")
+                y = experts(x, own, weights, gate, up, down, dtype=jnp.float32, activation=activation)
+                y = lax.psum(y, "expert")
             return lax.psum(y, "tensor").astype(dtype)
 
         tokens, inward, outward = (

@@ -27,7 +27,7 @@ RULES: tuple[Rule, ...] = (
     (r"layers/(attention/o|ffn/down)/bias", ("layer", None)),
     (r"layers/moe/(gate|up)", ("layer", "expert", "embed", "ffn")),
     (r"layers/moe/down", ("layer", "expert", "ffn", "embed")),
-    (r"layers/moe/(router|shared_gate)/kernel", ("layer", "embed", None)),
+    (r"layers/moe/(router|router_noise|shared_gate)/kernel", ("layer", "embed", None)),
     (r"layers/moe/bias", ("layer", None)),
     (r"layers/(.*/)?[a-z_]*norm/(scale|bias)", ("layer", None)),
     (r"layers/attention/[qk]_norm/(scale|bias)", ("layer", "heads", None)),

@@ -138,5 +138,6 @@ def inner_width(config: TransformerConfig) -> float:
     dense = (1 + c.gated) * c.ffn
     if c.experts is None:
         return dense
-    routed = c.experts.top_k * (2 * c.experts.ffn + c.width) + 2 * c.experts.shared
+    inner = c.experts.top_k * c.experts.ffn + c.experts.shared
+    routed = c.experts.top_k * c.width + (1 + c.experts.gated) * inner
     return (c.dense_layers * dense + (c.layers - c.dense_layers) * routed) / c.layers

@@ -210,6 +210,8 @@ def model_type(config: TransformerConfig) -> str:
         if not (c.latent and c.experts):
             raise ValueError("latent attention and a router's bias are DeepSeek's: both, with experts, or neither")
         return "deepseek_v3" if c.experts.bias else "deepseek_v2"
+    if c.experts and (c.experts.noisy or not c.experts.gated or c.experts.activation != "silu"):
+        raise ValueError("experts are not SwiGLU layers, or their gating is noisy, and no published decoder is so")
     if c.experts:
         return "qwen2_moe" if c.qkv_bias else "qwen3_moe" if c.qk_norm else "mixtral"
     if c.qk_norm == "heads":

@@ -7,20 +7,30 @@ Run it in an environment of its own with torch and transformers (they are not de
 made with torch 2.13.0 (CPU) and transformers 5.24.0. In moe.npz each case (mixtral, ...) holds
   CASE/param/PATH   parameters under our paths (router/kernel, gate, ...), float16, computed with as float32
   CASE/x, CASE/y    input and output of the layer, [B, T, D] float32
-  CASE/dx, CASE/grad/PATH   gradients of sum(y * cos(x)) + 0.3 B T aux, the balance loss of models that have one
+  CASE/dx, CASE/grad/PATH   gradients of sum(y * cos(x)) + 0.3 B T aux, the balance loss of models that have one; for
+    switch + 0.1 B T z, the z-loss of its router
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from transformers import DeepseekV2Config, DeepseekV3Config, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
+    MixtralConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+    SwitchTransformersConfig,
+)
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock, load_balancing_loss_func
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+from transformers.models.switch_transformers import modeling_switch_transformers as switch
 
 WIDTH, FFN, COEFFICIENT = 8, 6, 0.3
 SIZES = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -45,9 +55,17 @@ CASES = {  # block, config, whether the model has a balance loss
         False,
     ),
     "deepseek_v3": (DeepseekV3MoE, DeepseekV3Config(**SIZES, **DEEPSEEK, routed_scaling_factor=2.5), False),
+    "switch": (
+        switch.SwitchTransformersSparseMLP,
+        SwitchTransformersConfig(
+            d_model=WIDTH, d_ff=FFN, num_experts=5, expert_capacity=3, router_jitter_noise=0.0, dropout_rate=0.0
+        ),
+        True,
+    ),
 }
 OURS = {
     "gate.weight": "router/kernel",
+    "router.classifier.weight": "router/kernel",
     "gate.e_score_correction_bias": "bias",
     "experts.down_proj": "down",
     "shared_expert_gate.weight": "shared_gate/kernel",
@@ -64,7 +82,17 @@ def paths(name, array):
     array = np.ascontiguousarray(np.swapaxes(array, -1, -2)) if array.ndim > 1 else array
     if name == "experts.gate_up_proj":
         return dict(zip(("gate", "up"), np.split(array, 2, axis=-1), strict=True))
+    if one := re.fullmatch(r"experts\.expert_(\d+)\.w([io])\.weight", name):  # of each expert, stacked last
+        return {f"{'up' if one[2] == 'i' else 'down'}/{one[1]}": array}
     return {OURS[name]: array}
+
+
+def stacked(arrays):
+    """{path: array} with those of single experts, PATH/0, PATH/1, ..., as one array PATH."""
+    single = {key: array for key, array in arrays.items() if key.rpartition("/")[2].isdigit()}
+    rest = {key: array for key, array in arrays.items() if key not in single}
+    found = {key.rpartition("/")[0] for key in single}
+    return rest | {key: np.stack([single[f"{key}/{e}"] for e in range(5)]) for key in sorted(found)}
 
 
 def run(block_class, config, has_loss, seed):
@@ -78,7 +106,12 @@ def run(block_class, config, has_loss, seed):
     y = block(x)
     y = y[0] if isinstance(y, tuple) else y
     loss = (y * torch.cos(x.detach())).sum()
-    if has_loss:
+    if isinstance(block, switch.SwitchTransformersSparseMLP):
+        logits = block.router.classifier(x)
+        probabilities = torch.softmax(logits, dim=-1)
+        aux = switch.load_balancing_loss_func(probabilities, probabilities.argmax(-1))
+        loss = loss + 18 * (COEFFICIENT * aux + 0.1 * switch.router_z_loss_func(logits))
+    elif has_loss:
         logits = (x.reshape(-1, WIDTH) @ block.gate.weight.T,)
         loss = loss + COEFFICIENT * 18 * load_balancing_loss_func(
             logits, block.gate.weight.shape[0], config.num_experts_per_tok
@@ -89,7 +122,7 @@ def run(block_class, config, has_loss, seed):
         out |= {f"param/{path}": array for path, array in paths(name, value).items()}
     for name, p in block.named_parameters():
         out |= {f"grad/{path}": array for path, array in paths(name, p.grad.numpy()).items()}
-    return out
+    return stacked(out)
 
 
 def main():

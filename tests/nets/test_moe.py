@@ -132,6 +132,36 @@ def test_switch_loss_is_that_of_its_paper():
     np.testing.assert_allclose(ours, loss, rtol=1e-5)
 
 
+def test_noisy_top_k_is_that_of_its_paper():
+    config = MoEConfig(6, 2, 1, normalise=True, noisy=True)
+    logits, spread, key = draw(2, 9, 6), draw(2, 9, 6, seed=1), jax.random.key(0)
+    noise = np.asarray(jax.random.normal(jax.random.clone(key), logits.shape), np.float64)
+    routed = route(config, moe.noised(logits, spread, key))
+    changed = False
+    for got, *row in zip(as_gates(routed), logits, spread, noise, strict=True):
+        assert_same_gates(got, oracle.noisy_top_k(*row, 2))
+        changed |= [set(gates) for gates in got] != [set(gates) for gates in oracle.mixtral(row[0], 2)]
+    assert changed
+
+
+def test_noise_of_the_layer_begins_as_log_2_and_is_learnt():
+    """softplus(0) with the matrix of zeros that is drawn; a gradient reaches the matrix, in training alone."""
+    module, params, x = layer(MoEConfig(4, 2, 6, gated=False, activation="relu", normalise=True, noisy=True))
+    assert not np.any(jit(module.init)(jax.random.key(0), x)["params"]["router_noise"]["kernel"])
+    of = lambda p, rngs: jnp.sum(jnp.sin(module.apply({"params": p}, x, rngs=rngs)))
+    learnt, scored = (jit(jax.grad(of))(params, rngs) for rngs in ({"router": jax.random.key(0)}, {}))
+    assert np.any(learnt["router_noise"]["kernel"]) and not np.any(scored["router_noise"]["kernel"])
+
+
+def test_capacity_of_evaluation():
+    """With a key the one of training, without one the other."""
+    config, logits = small("switch", capacity_factor=0.5, eval_capacity_factor=2.0), draw(2, 24, 5, std=1.5)
+    assert config.draws and config.drops
+    for key, factor in ((jax.random.key(0), 0.5), (None, 2.0)):
+        for got, row in zip(as_gates(route(config, logits, key=key)), logits, strict=True):
+            assert_same_gates(got, oracle.switch(row.astype(np.float64), factor)[0])
+
+
 def test_even_choices_or_even_probabilities_cost_one_per_token():
     config = MoEConfig(4, 2, 1)
     ids = jnp.array([[[0, 1], [2, 3]]])
@@ -186,7 +216,8 @@ def expected(config, params, x):
     out = []
     for row in rows:
         gates = gates_of(config, row @ params["router"]["kernel"], params.get("bias"))[name]()
-        y = oracle.layer(row, gates, [params[name] for name in ("gate", "up", "down")])
+        form = (oracle.swiglu, ("gate", "up", "down")) if config.gated else (oracle.relu, ("up", "down"))
+        y = oracle.layer(row, gates, [params[name] for name in form[1]], form[0])
         if config.shared:
             always = oracle.swiglu(row, *(params["shared"][name]["kernel"] for name in ("gate", "up", "down")))
             y = y + always * (oracle.sigmoid(row @ params["shared_gate"]["kernel"]) if config.shared_gate else 1)
@@ -204,12 +235,23 @@ def test_the_layer_is_the_weighted_sum_of_its_experts(name):
 @pytest.mark.parametrize("name", ["mixtral", "qwen_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"])
 def test_layers_and_their_gradients_are_those_of_torch(name):
     """transformers' blocks, by tests/golden/make_moe.py; its balance loss, where it has one, is k times ours."""
-    with np.load(pathlib.Path(__file__).parents[1] / "golden" / "moe.npz") as arrays:
-        case = {key.removeprefix(f"{name}/"): arrays[key] for key in arrays if key.startswith(f"{name}/")}
     if "deepseek" in name:
         config = small(name, shared=12, aux_coef=0.0, sequence_coef=0.0)
     else:
         config = small(name, aux_coef=0.3 * small(name).top_k)
+    assert_same_layer(name, config)
+
+
+def test_switch_layers_and_their_gradients_are_those_of_transformers():
+    """Which drops what finds no room, three tokens of a row for each expert, and balances rows one by one."""
+    y = assert_same_layer("switch", small("switch", aux_coef=0.0, sequence_coef=0.3, z_coef=0.1))
+    assert 0 < np.sum(np.all(y == 0, axis=-1)) < 9
+
+
+def assert_same_layer(name, config):
+    """The layer and its gradients against a case of moe.npz; returns y [B, T, D]."""
+    with np.load(pathlib.Path(__file__).parents[1] / "golden" / "moe.npz") as arrays:
+        case = {key.removeprefix(f"{name}/"): arrays[key] for key in arrays if key.startswith(f"{name}/")}
     params = {}
     for key in (key for key in case if key.startswith("param/")):
         *nodes, last = key.split("/")[1:]
@@ -228,6 +270,7 @@ def test_layers_and_their_gradients_are_those_of_torch(name):
     for path, got in jax.tree.leaves_with_path(gradient):
         want = case["grad/" + jax.tree_util.keystr(path, simple=True, separator="/")]
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max(), err_msg=str(path))
+    return np.asarray(y)
 
 
 def test_bfloat16_errs_no_more_than_twice_plain_bfloat16():
@@ -397,6 +440,9 @@ def test_the_bias_evens_out_a_skewed_router():
         ({"top_groups": 5}, "in 5 of 4 groups"),
         ({"score": "relu"}, "score is 'relu', expected 'softmax' or 'sigmoid'"),
         ({"capacity_factor": 0.0}, "capacity_factor is 0.0, expected a number above 0"),
+        ({"eval_capacity_factor": 2.0}, "eval_capacity_factor is 2.0 without a capacity_factor"),
+        ({"capacity_factor": 1.0, "eval_capacity_factor": -1.0}, "eval_capacity_factor is -1.0, expected a number"),
+        ({"activation": "tanh"}, "activation is 'tanh', expected one of 'silu', 'gelu'"),
         ({"capacity_factor": float("inf")}, "capacity_factor is inf, expected a number above 0"),
         ({"capacity_factor": float("nan")}, "capacity_factor is nan, expected a number above 0"),
         ({"random_second": True}, "expected top_k=2 and normalise=True"),

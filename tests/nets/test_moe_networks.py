@@ -15,9 +15,12 @@ from jaxrl import loop
 from jaxrl.kernels.attention import Causal, Segments
 from jaxrl.nets import adapters, presets
 from jaxrl.nets.language_model import language_model
+from jaxrl.nets.layers import FeedForward
 from jaxrl.nets.linear_attention import LinearConfig
-from jaxrl.nets.moe import GATINGS, MoEConfig
+from jaxrl.nets.moe import GATINGS, MoE, MoEConfig, experts
+from jaxrl.nets.multi_token import over_rows
 from jaxrl.nets.transformer import TransformerConfig, router_statistics, tallies
+from jaxrl.nets.weights.configs import to_hugging_face
 from jaxrl.posttrain import grpo, preference, sft, update
 from jaxrl.posttrain.rollout import Sampling
 from jaxrl.posttrain.score import layout_of, log_probs_of
@@ -335,6 +338,38 @@ def test_every_layer_with_experts_has_its_row_of_a_tally():
     rows = jnp.arange(6.0)[:, None].repeat(6, axis=1)
     leaves = jax.tree.leaves(tallies(shapes, rows))
     assert sorted(row for leaf in leaves for row in np.asarray(leaf[..., 0]).ravel()) == list(range(6))
+
+
+# layers of other kinds
+
+RELU = replace(QUIET, gated=False, activation="relu")
+
+
+def test_experts_need_not_be_swiglu():
+    """Copies of the dense layer, which is as they are, or is not: its own settings say so. No checkpoint is so."""
+    same = replace(RELU, ffn=24, first_dense=1)
+    _, _, params = network(same, layers=2, gated=False, activation="relu")
+    moe = params["layers"]["moe"]
+    assert set(moe) == {"router", "up", "down"} and "gate" not in params["dense_layers"]["ffn"]
+    config, _, mixed = network(same, layers=2)
+    assert "gate" in mixed["dense_layers"]["ffn"] and "gate" not in mixed["layers"]["moe"]
+    dense = {name: {"kernel": moe[name][0, 0]} for name in ("up", "down")}
+    copies = moe | {name: jnp.repeat(moe[name][:, :1], 4, axis=1) for name in ("up", "down")}
+    x = jnp.asarray(draw(1, 5, 16))
+    plain = FeedForward(24, gated=False, activation="relu")
+    run = jit(lambda p, d: (MoE(same).apply({"params": p}, x), plain.apply({"params": d}, x)))
+    np.testing.assert_allclose(*run(jax.tree.map(lambda a: a[0], copies), dense), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="experts are not SwiGLU layers"):
+        to_hugging_face(config)
+
+
+def test_rows_of_many_calls_are_those_of_one_without_a_gate_too():
+    shapes = (3, 1, 2, 16), (3, 1, 2, 2), (4, 16, 6), (4, 6, 16)
+    x, weights, up, down = (jnp.asarray(draw(*shape)) for shape in shapes)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 4, (3, 1, 2, 2)), jnp.int32)
+    one = lambda f: lambda x, ids, weights: f(x, ids, weights, None, up, down, activation=jax.nn.relu)
+    got = jit(jax.vmap(one(over_rows(experts))))(x, ids, weights)
+    np.testing.assert_allclose(got, jit(one(experts))(x, ids, weights), rtol=1e-4, atol=1e-5)
 
 
 # capacity

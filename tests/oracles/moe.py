@@ -65,6 +65,18 @@ def gshard(row, capacity_factor, uniform=None):
     return gates, loss
 
 
+def noisy_top_k(row, spread, noise, k):
+    """Shazeer et al. 2017, equations 3-5: softmax of the k largest of H, minus infinity elsewhere."""
+    gates = []
+    for h in row + noise * np.log1p(np.exp(spread)):
+        kept = np.full(len(h), -np.inf)
+        chosen = best(h, k)
+        kept[chosen] = h[chosen]
+        g = softmax(kept)
+        gates.append({e: g[e] for e in chosen})
+    return gates
+
+
 def mixtral(row, k):
     """Jiang et al. 2024, section 2.1: softmax over the k largest logits."""
     gates = []
@@ -111,12 +123,16 @@ def deepseek_v3(row, bias, k, groups, top_groups, scale):
     return gates
 
 
-def layer(x, gates, matrices):
-    """Sum over a token's gates of weight times SwiGLU expert; x [T, D], matrices (gate, up, down)."""
+def relu(x, up, down):
+    return np.maximum(x @ up, 0) @ down
+
+
+def layer(x, gates, matrices, expert=swiglu):
+    """Sum over a token's gates of weight times expert; x [T, D], matrices of SwiGLU's (gate, up, down), or `relu`'s."""
     y = np.zeros_like(x)
     for t, chosen in enumerate(gates):
         for e, weight in chosen.items():
-            y[t] += weight * swiglu(x[t], *(w[e] for w in matrices))
+            y[t] += weight * expert(x[t], *(w[e] for w in matrices))
     return y
 
 

@@ -70,6 +70,13 @@ def test_experts_equal_those_of_one_device(spec):
     close(value_and_gradients(experts_on(mesh_of(spec))), one_device())
 
 
+@pytest.mark.parametrize("spec", ["expert=2,tensor=2", slow("data=2,expert=4")])
+def test_experts_without_a_gate(spec):
+    x, weights, _, up, down, ids = inputs()
+    run = lambda f: jit(lambda *a: f(a[0], ids, a[1], None, *a[2:], activation=jax.nn.relu))(x, weights, up, down)
+    close(run(experts_on(mesh_of(spec))), run(moe.experts))
+
+
 @pytest.mark.parametrize(
     ("spec", "rows", "length"),
     [("expert=2,tensor=2", 1, 4), ("data=2,expert=2,context=2", 8, 1), *[
@@ -156,7 +163,7 @@ MORE = ["expert=8", "data=2,expert=4", "expert=2,context=2,tensor=2", "stage=2,e
 
 @pytest.mark.parametrize("spec", [*MESHES, *map(slow, MORE)])
 def test_supervised_gradients_are_those_of_one_device(spec):
-    """Auxiliary losses, the load in the place of the bias's gradient and router figures too; rows of 12, half padded."""
+    """Auxiliary losses, the load in the place of the bias's gradient and router figures; rows of 12, half padded."""
     model, place = on(spec)
     got, want = gradient_of(model, place=place), expected()
     close(got, want)
