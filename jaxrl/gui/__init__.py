@@ -1,8 +1,8 @@
 """Agents that operate a screen by looking at it, after UI-TARS (Qin et al. 2025, arXiv 2501.12326).
 
-`actions`: what can be done, and the one way to write it. `coordinates`: units of places. `screens`: pictures as text.
-`history`: what an agent is shown of its past, and records for SFT and DPO. `episodes`: rolling out, and learning from
-the good ones. `window`: a small world to try it in.
+`actions`: what can be done, and the one way to write it. `coordinates`: units of places. `screens`: pictures as text;
+`sight`: as pixels. `history`: what an agent is shown of its past, and records for SFT and DPO. `episodes`: rolling out,
+and learning from the good ones; `online`: GRPO. `window`: a small world to try it in.
 """
 
 from jaxrl.gui.actions import BOX as BOX
@@ -31,3 +31,5 @@ from jaxrl.gui.history import pair_batch as pair_batch
 from jaxrl.gui.history import prompt as prompt
 from jaxrl.gui.history import records as records
 from jaxrl.gui.history import sft_batch as sft_batch
+from jaxrl.gui.sight import Seen as Seen
+from jaxrl.gui.sight import Sight as Sight

@@ -1,8 +1,10 @@
 """Episodes of an agent that reads screens and writes actions, and learning from its own good ones.
 
 The environment and the sampler are compiled, for all episodes side by side; Python stands between the steps, where
-screens become text and text becomes actions. Every step has a prompt of its own, since old screens drop out of it: what
-a step writes is no continuation of what the last one read.
+screens become text and text becomes actions: a tokeniser and a grammar are no arrays, so an episode is not the one scan
+that it is for other agents (`agents.interact`, whose first states and actions within bounds are these too). Every step
+has a prompt of its own, since old screens drop out of it: what a step writes is no continuation of what the last one
+read.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,12 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl.agents.interact import begin, within
 from jaxrl.data.records import encode_prompts
 from jaxrl.data.tokenizer import Tokenizer
 from jaxrl.envs.env import Env
 from jaxrl.gui import actions
-from jaxrl.gui.history import SCREENS, Show, Trace, Turn, prompt
+from jaxrl.gui.history import SCREENS, Show, Trace, Turn, kept, prompt
+from jaxrl.gui.sight import Sight, see
 from jaxrl.nets.language_model import LanguageModel
+from jaxrl.nets.vision_language import with_images
 from jaxrl.posttrain.rollout import Sampling, rollout
 from jaxrl.types import Prompts
 
@@ -36,7 +41,28 @@ class World(NamedTuple):
     form: actions.Form = actions.BOX
 
 
-def play(world: World, respond: Callable, key: jax.Array, *, episodes: int, steps: int) -> list[Trace]:
+class Drawn(NamedTuple):
+    """How a response was drawn.
+
+    prompt: its tokens, placeholders where a network sees features. tokens, log_probs, behaviour: of the response, as in
+    `types.Rollout`. finish: a `types.Finish`.
+    """
+
+    prompt: np.ndarray
+    tokens: np.ndarray
+    log_probs: np.ndarray
+    behaviour: np.ndarray
+    finish: int
+
+
+class Said(NamedTuple):
+    """A response and how it was drawn."""
+
+    text: str
+    drawn: Drawn
+
+
+def play(world: World, respond: Callable, key: jax.Array, *, episodes: int, steps: int, alike: int = 1) -> list[Trace]:
     """Episodes side by side, each until it ends, or for so many steps.
 
     An episode also ends, without success, with a response that cannot be read; white space around it is left out.
@@ -45,17 +71,20 @@ def play(world: World, respond: Callable, key: jax.Array, *, episodes: int, step
     Args:
       world: the environment.
       respond: `(tasks, pasts, screens, states, key) -> responses`, lists of one entry for each episode, of those that
-        go on; `states` are for demonstrations, an agent does not look.
+        go on; a response is a text or `Said`. `states` are for demonstrations, an agent does not look.
       key: consumed.
       episodes, steps: how many.
+      alike: so many episodes after each other begin in the same state, a divisor of `episodes`.
 
     Returns:
       A trace for each episode.
     """
-    reset, step = _compiled(world.env.reset), _compiled(world.env.step)
+    if episodes % alike:
+        raise ValueError(f"alike is {alike}; expected a divisor of the {episodes} episodes")
+    start, step = _compiled(world.env)
     start_key, loop_key = jax.random.split(key)
-    states, screens = reset(jax.random.split(start_key, episodes))
-    seen, at = np.asarray(screens), jax.device_get(states)
+    begun = start(jnp.repeat(jax.random.split(start_key, episodes // alike), alike))
+    states, seen, at = begun.env, np.asarray(begun.observation), jax.device_get(begun.env)
     tasks = [world.task(_row(at, i)) for i in range(episodes)]
     pasts: list[tuple[Turn, ...]] = [()] * episodes
     success, valid = np.zeros(episodes, bool), np.ones(episodes, bool)
@@ -65,8 +94,10 @@ def play(world: World, respond: Callable, key: jax.Array, *, episodes: int, step
         of = lambda values: [values[i] for i in going]
         responses = respond(of(tasks), of(pasts), of(seen), [_row(at, i) for i in going], response_key)
         taken = np.tile(world.act(actions.Wait()), (episodes, 1))
-        for i, response in zip(going, map(str.strip, responses), strict=True):
-            pasts[i] = (*pasts[i], Turn(seen[i], response))
+        for i, said in zip(going, responses, strict=True):
+            response, drawn = (said, None) if isinstance(said, str) else said
+            response = response.strip()
+            pasts[i] = (*pasts[i], Turn(seen[i], response, drawn))
             try:
                 taken[i] = world.act(actions.parse(response, world.form).action)
             except ValueError:
@@ -86,45 +117,62 @@ def make_respond(
     model: LanguageModel,
     tokenizer: Tokenizer,
     *,
-    show: Show,
+    show: Show | Sight,
     width: int,
     sampling: Sampling,
     keep: int = SCREENS,
     rows: int | None = None,
     form: actions.Form = actions.BOX,
+    record: bool = False,
 ) -> Callable:
     """The agent: `(params) -> respond` for `play`.
 
     Args:
-      model, tokenizer: the policy.
-      show, keep: as in `history.prompt`.
-      width: tokens of the longest prompt; every prompt is padded to it, so that one program is compiled.
+      model, tokenizer: the policy; with a `Sight` the model is the decoder.
+      show, keep: as in `history.prompt`; a `Sight` shows the network the pixels.
+      width: tokens of the longest prompt; every prompt is padded to it, so that one program is compiled. With the task,
+        the kept screens and max_tokens + 1 for each turn before it always is enough.
       sampling: of the responses; `max_tokens` is the longest.
       rows: prompts that are sampled together; None is as many as are asked for, rounded up to a power of two.
       form: of the world's places, whose marks stay in the text even if the tokenizer has them as special tokens.
+      record: whether responses are `Said`, with their tokens and log-probs, or texts.
 
     Raises:
       ValueError: later, a prompt longer than width.
     """
+    sight, written = (show, show.show) if isinstance(show, Sight) else (None, show)
 
     @jax.jit
-    def sample(params, prompts: Prompts, key):
+    def sample(params, prompts: Prompts, bank, key):
+        policy = model if sight is None else with_images(sight.config, bank, model=model, per_row=keep)
         eos, pad = tokenizer.eos_id, tokenizer.pad_id
-        return rollout(model, params, prompts, key, sampling=sampling, eos_id=eos, pad_id=pad)
+        return rollout(policy, params, prompts, key, sampling=sampling, eos_id=eos, pad_id=pad)
 
     def bind(params):
-        def respond(tasks, pasts, screens, states, key) -> list[str]:
-            texts = [prompt(*one, show=show, keep=keep) for one in zip(tasks, pasts, screens, strict=True)]
-            size = rows or 1 << (len(texts) - 1).bit_length()
+        def respond(tasks, pasts, screens, states, key) -> list:
+            asked = list(zip(tasks, pasts, screens, strict=True))
+            size = rows or 1 << (len(asked) - 1).bit_length()
             found = []
-            for part in range(0, len(texts), size):
-                some = texts[part : part + size]
-                filled = [{"prompt": text} for text in some + some[:1] * (size - len(some))]
-                tokens, lengths = encode_prompts(filled, tokenizer, max_length=width, pad_to=width)
-                part_key = jax.random.fold_in(key, part)
-                drawn = jax.device_get(sample(params, Prompts(jnp.asarray(tokens), jnp.asarray(lengths)), part_key))
-                ends = zip(drawn.completions[: len(some)], drawn.lengths, strict=False)
-                found += [actions.decode(tokenizer, ids[:end].tolist(), form) for ids, end in ends]
+            for part in range(0, len(asked), size):
+                some = asked[part : part + size]
+                every = some + some[:1] * (size - len(some))
+                records = [{"prompt": prompt(*one, show=written, keep=keep)} for one in every]
+                plain, lengths = encode_prompts(records, tokenizer, max_length=width, pad_to=width)
+                tokens, bank = plain, None
+                if sight is not None:
+                    shown = [kept(past, screen, keep=keep) for _, past, screen in every]
+                    tokens, bank = see(sight, tokenizer, plain, shown, rows=size * keep)
+                prompts = Prompts(jnp.asarray(tokens), jnp.asarray(lengths))
+                drawn = jax.device_get(sample(params, prompts, bank, jax.random.fold_in(key, part)))
+                for i in range(len(some)):
+                    end = int(drawn.lengths[i])
+                    text = actions.decode(tokenizer, drawn.completions[i, :end].tolist(), form)
+                    if sight is not None:
+                        text = text.replace(sight.placeholder, "")  # of no screen
+                    before = plain[i, width - lengths[i] :]
+                    probs = drawn.log_probs[i, :end], drawn.behaviour_log_probs[i, :end]
+                    how = Drawn(before, drawn.completions[i, :end], *probs, int(drawn.finish[i]))
+                    found.append(Said(text, how) if record else text)
             return found
 
         return respond
@@ -190,8 +238,11 @@ def bootstrap(
 
 
 @lru_cache(maxsize=16)
-def _compiled(function: Callable) -> Callable:
-    return jax.jit(jax.vmap(function))
+def _compiled(env: Env) -> tuple[Callable, Callable]:
+    def step(keys, states, actions):
+        return jax.vmap(env.step)(keys, states, within(env.action_space, actions))
+
+    return jax.jit(lambda keys: begin(env, keys, len(keys))), jax.jit(step)
 
 
 def _row(tree, i: int):

@@ -4,7 +4,7 @@
 
 All thoughts and actions stay, of the screens only the last few: five in the paper. Only the answer to the last screen
 is ever trained on. A screen enters by `show`, a function from a screen to text: letters for its patches
-(`screens.mosaic`) or the placeholder of a vision network.
+(`screens.mosaic`), or the placeholders of a network that sees it (`sight`).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -26,10 +26,12 @@ Show = Callable[[Any], str]
 
 
 class Turn(NamedTuple):
-    """`screen`: what was seen, [H, W, 3]. `response`: what was written, thought and action."""
+    """`screen`: what was seen, [H, W, 3]. `response`: what was written, thought and action. `drawn`: the tokens that it
+    was drawn as, an `episodes.Drawn`, or None where nobody asked for them."""
 
     screen: Any
     response: str
+    drawn: Any = None
 
 
 class Trace(NamedTuple):
@@ -121,8 +123,8 @@ def correct(trace: Trace, turn: int, corrected: str) -> Reflection:
     With the turn after an error, whose response goes on as if nothing had happened, and a correction that notices it,
     these are the paper's pairs of post-reflection.
     """
-    past, (screen, wrong) = trace.turns[:turn], trace.turns[turn]
-    return Reflection(trace.task, past, screen, wrong, corrected)
+    wrong = trace.turns[turn]
+    return Reflection(trace.task, trace.turns[:turn], wrong.screen, wrong.response, corrected)
 
 
 def pair_batch(
@@ -134,15 +136,14 @@ def pair_batch(
     pad_to: int | None = None,
 ) -> Pairs:
     """Pairs for `posttrain.preference`: the corrected response is preferred, both follow the same tokens."""
-    rows = [
-        {
-            "prompt": prompt(one.task, one.past, one.screen, show=show, keep=keep),
-            "chosen": one.corrected,
-            "rejected": one.wrong,
-        }
-        for one in reflections
-    ]
+    rows = pair_records(reflections, show=show, keep=keep)
     return jax.tree.map(jnp.asarray, encode_pairs(rows, tokenizer, pad_to=pad_to))
+
+
+def pair_records(reflections: Iterable[Reflection], *, show: Show, keep: int = SCREENS) -> list[Record]:
+    """`prompt`, `chosen` (the corrected response) and `rejected` of each."""
+    past = lambda one: prompt(one.task, one.past, one.screen, show=show, keep=keep)
+    return [{"prompt": past(one), "chosen": one.corrected, "rejected": one.wrong} for one in reflections]
 
 
 def _first(past: Sequence[Turn], keep: int) -> int:

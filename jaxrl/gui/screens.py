@@ -1,8 +1,7 @@
 """Screens as text: each patch of a picture is a letter, so that prompts with screens stay texts like all others.
 
 The letters are of Unicode's private area, which no instruction and no typed text holds by itself. A network with eyes
-takes a placeholder for them: `show = lambda screen: "<|vision_start|><|image_pad|><|vision_end|>"`, and the pictures of
-`history.kept` in the same order.
+is shown the pixels: `jaxrl.gui.sight`.
 """
 
 import re

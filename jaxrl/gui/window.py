@@ -28,15 +28,18 @@ def window(screen: gui.Screen = gui.Screen()) -> World:  # noqa: B008  (immutabl
     return World(gui.make(screen), partial(gui.instruction, screen), partial(to_array, screen))
 
 
-def tokenizer(screen: gui.Screen) -> screens.PieceTokenizer:
-    """One token for each word of the tasks, the frame of an action, a digit and a patch of the screen."""
+def tokenizer(screen: gui.Screen, *pieces: str) -> screens.PieceTokenizer:
+    """One token for each word of the tasks, the frame of an action, a digit and a patch of the screen.
+
+    pieces: more of them, such as `sight.PLACEHOLDER`.
+    """
     words = ["press ", "write ", "scroll up", "scroll down", "click the field", " then ", REGRET]
     words += [*list(gui.COLOURS)[: screen.buttons], *list(gui.WORDS)[: screen.words]]
     box, call = actions.BOX, "(start_box='<|box_start|>("
     frames = [f"{name}{call}" for name in ("click", "scroll")] + ["type(content='", "finished()", "wait()"]
     frames += [f"{box.after}')", f"{box.after}', direction='up')", f"{box.after}', direction='down')"]
     letters = "".join(chr(i) for i in range(32, 127)) + "\n" + screens.letters(screen.palette)
-    return screens.PieceTokenizer(letters, (actions.THOUGHT, f"\n{actions.ACTION}", *words, *frames))
+    return screens.PieceTokenizer(letters, (actions.THOUGHT, f"\n{actions.ACTION}", *words, *frames, *pieces))
 
 
 def to_array(screen: gui.Screen, action: actions.Action) -> np.ndarray:
