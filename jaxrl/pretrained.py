@@ -21,6 +21,7 @@ from jaxrl.data.tokenizer import Tokenizer
 from jaxrl.data.tokenizer_files import from_gguf as tokenizer_from_gguf
 from jaxrl.data.tokenizer_files import open_tokenizer, save_tokenizer
 from jaxrl.nets import weights
+from jaxrl.nets.adapters import dequantise_base
 from jaxrl.nets.chameleon import Pictures
 from jaxrl.nets.config import TransformerConfig
 from jaxrl.nets.language_model import LanguageModel, language_model
@@ -248,7 +249,8 @@ def save_pretrained(
     Args:
       model: of a run (`runs.load_model`) or a published one; one that fills in masks with its `mask_id`.
       folder: new or empty.
-      dtype: float32, bfloat16 or float16, the type of the file.
+      dtype: float32, bfloat16 or float16, the type of the file; or fp8: matrices of layers and experts in e4m3 with a
+        factor for each 128 x 128 block, the rest in bfloat16, as DeepSeek-V3's files.
       shard_bytes: the most one file of weights holds.
 
     Returns:
@@ -265,10 +267,14 @@ def save_pretrained(
     words = model.tokenizer
     ids = {"bos_token_id": words.bos_id, "eos_token_id": words.eos_id, "pad_token_id": words.pad_id}
     ids = {name: i for name, i in ids.items() if i is not None}
-    tensors = weights.to_checkpoint(model.transformer, model.params)
+    tensors, quantised = weights.to_checkpoint(model.transformer, dequantise_base(model.params)), {}
+    if dtype == "fp8":
+        dtype, tensors = "bfloat16", weights.in_blocks(tensors)
+        kind = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+        quantised = {"quantization_config": kind}
     masks = {} if model.mask_id is None else {"mask_token_id": model.mask_id}
     masks |= {} if model.block is None else {"cross_attn": True, "block_size": model.block}
-    config = weights.to_hugging_face(model.transformer) | ids | masks
+    config = weights.to_hugging_face(model.transformer) | ids | masks | quantised
     files = weights.write_safetensors(folder, tensors, dtype=dtype, shard_bytes=shard_bytes)
     save_tokenizer(words, folder)
     ends = [words.eos_id, *model.ends]

@@ -12,12 +12,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl.kernels.quantised import FP8, Quantised, dequantise
+from jaxrl.kernels.quantised import FP8, Quantised, dequantise, quantise
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
 EIGHT, SCALE = "F8_E4M3", "_scale_inv"
 """8-bit floats, and the ending of the tensor with a factor for each of their blocks (DeepSeek-V3)."""
+IN_BLOCKS = ("proj.weight", "proj_with_mqa.weight", ".w1.weight", ".w2.weight", ".w3.weight")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -115,6 +116,22 @@ def refuse_pickle(path: Path) -> None:
         )
 
 
+def in_blocks(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's matrices of layers as e4m3 with a float32 factor for each 128 x 128 block, as DeepSeek-V3's are.
+
+    Those whose names end in `proj.weight`, `proj_with_mqa.weight` or w1, w2, w3 of Mixtral's experts, but for `eh_proj`
+    of multi-token prediction; embeddings, head, routers, norms and biases stay. `read_safetensors` multiplies out.
+    """
+    found: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        if not name.endswith(IN_BLOCKS) or name.endswith("eh_proj.weight"):
+            found[name] = tensor
+            continue
+        values, scales = quantise(jnp.asarray(np.asarray(tensor, np.float32)), dtype=FP8.dtype, block=FP8.w_block)
+        found[name], found[name + SCALE] = np.asarray(values), np.asarray(scales)
+    return found
+
+
 def write_safetensors(
     folder: str | Path, tensors: Mapping[str, Any], *, dtype: str = "float32", shard_bytes: int = 5 * 10**9
 ) -> list[Path]:
@@ -122,7 +139,7 @@ def write_safetensors(
 
     Args:
       folder: made if it is not there.
-      tensors: checkpoint name -> array, or `Stored`.
+      tensors: checkpoint name -> array, or `Stored`. Matrices and factors of `in_blocks` keep their types.
       dtype: float32, bfloat16 or float16, the type they are stored in.
       shard_bytes: the most one file holds (a larger tensor gets a file of its own). More than one file comes with
         `model.safetensors.index.json`.
@@ -138,7 +155,7 @@ def write_safetensors(
     if shard_bytes <= 0:
         raise ValueError(f"shard_bytes is {shard_bytes}, expected a positive number of bytes")
     save_file = _safetensors().numpy.save_file
-    sizes = {name: int(np.prod(np.shape(t))) * jnp.dtype(dtype).itemsize for name, t in tensors.items()}
+    sizes = {name: int(np.prod(np.shape(t))) * _stored_type(name, t, dtype).itemsize for name, t in tensors.items()}
     shards: list[list[str]] = [[]]
     for name, size in sizes.items():
         if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > shard_bytes:
@@ -163,7 +180,13 @@ def _as_type(name: str, tensor: Any, dtype: str) -> np.ndarray:
     array = np.asarray(tensor)
     if dtype == "float16" and array.size and np.abs(array).max() > np.finfo(np.float16).max:
         raise ValueError(f"{name} holds {np.abs(array).max():g}, too large for float16; export bfloat16 or float32")
-    return np.ascontiguousarray(array, dtype=jnp.dtype(dtype)).reshape(array.shape)
+    return np.ascontiguousarray(array, dtype=_stored_type(name, array, dtype)).reshape(array.shape)
+
+
+def _stored_type(name: str, tensor: Any, dtype: str) -> np.dtype:
+    if getattr(tensor, "dtype", None) == FP8.dtype:
+        return jnp.dtype(FP8.dtype)
+    return jnp.dtype("float32" if name.endswith(SCALE) else dtype)
 
 
 def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:

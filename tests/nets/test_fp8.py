@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from jaxrl import runs
+from jaxrl.data import ByteTokenizer
 from jaxrl.kernels.quantised import rounding_bound
 from jaxrl.nets import presets
 from jaxrl.nets.adapters import dequantise_base
@@ -20,8 +22,9 @@ from jaxrl.nets.language_model import language_model
 from jaxrl.nets.layers import Operator
 from jaxrl.nets.moe import GroupedOperator
 from jaxrl.nets.weights import from_checkpoint, read_safetensors, to_checkpoint
-from jaxrl.nets.weights.files import INDEX
+from jaxrl.nets.weights.files import INDEX, _open
 from jaxrl.posttrain import sft, update
+from jaxrl.pretrained import load_pretrained, save_pretrained
 from jaxrl.types import TokenBatch
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile
@@ -218,6 +221,33 @@ def test_files_with_scales_are_read_as_floats(tmp_path):
     values = np.asarray(to_fp8(kernel).values[0]).T.astype(np.float32)
     file_values = shards[0]["model.layers.0.mlp.up_proj.weight"].astype(np.float32)
     assert (values == file_values).mean() > 0.999  # rounding twice changes next to nothing
+
+
+def test_a_folder_in_eight_bits_is_read_back(tmp_path):
+    """As DeepSeek-V3's: what `quantise_fp8` keeps, with a factor for each block, and the rest in bfloat16."""
+    config = dataclasses.replace(MIXTURE, vocab_size=300, width=160, tie_embeddings=False)
+    network = language_model(config)
+    params = jit(network.init)(jax.random.key(0))
+    model = runs.Model(network, params, ByteTokenizer(), config, "", 8, "")
+    save_pretrained(model, tmp_path / "a", dtype="fp8")
+    kinds = {name: stored.kind for name, stored in _open(tmp_path / "a" / "model.safetensors")[0].items()}
+    for name, kind in kinds.items():
+        eight = name.endswith("proj.weight") or name.endswith("proj_with_mqa.weight")
+        assert kind == ("F8_E4M3" if eight else "F32" if name.endswith("_scale_inv") else "BF16"), name
+        assert not eight or name + "_scale_inv" in kinds
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]["quant_method"] == "fp8"
+    loaded = load_pretrained(tmp_path / "a")
+    assert loaded.transformer.latent == config.latent
+    stored = dequantise_base(quantise_fp8(params))
+    eight = matrices(params)
+    for path, leaf in jax.tree.leaves_with_path(stored):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        bound = 1e-6 if name in eight else 2.0**-8
+        np.testing.assert_allclose(get(loaded.params, name), leaf, rtol=bound, atol=1e-30, err_msg=name)
+    (tmp_path / "b").mkdir()
+    save_pretrained(loaded._replace(params=quantise_fp8(params)), tmp_path / "b", dtype="fp8")  # from 8 bits, too
+    again = load_pretrained(tmp_path / "b").params
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-30), loaded.params, again)
 
 
 def test_files_that_cannot_be_right(tmp_path):
