@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Callable
 
-from jaxrl.envs import acrobot, bandits, cartpole, catch, masked, memory, mountain_car, pendulum, probes, tabular
+from jaxrl.envs import acrobot, bandits, cartpole, catch, gui, masked, memory, mountain_car, pendulum, probes, tabular
 from jaxrl.envs.adapters.brax import from_brax
 from jaxrl.envs.adapters.gymnasium import from_gymnasium
 from jaxrl.envs.adapters.gymnax import from_gymnax
@@ -22,6 +22,7 @@ ENVS: dict[str, Callable[[], Env]] = {
     "MountainCarContinuous-v0": lambda: time_limit(mountain_car.make_continuous(), 999),
     "Pendulum-v1": lambda: time_limit(pendulum.make(), 200),
     "Catch": catch.make,
+    "GUI": lambda: time_limit(gui.make(), 20),
     "Recall-5": lambda: memory.make(length=5),
     "MaskedChoice": lambda: time_limit(masked.make(), 10),
     "GaussianBandit": lambda: bandits.gaussian(TESTBED),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxrl import envs
+from jaxrl.agents import interact
 from jaxrl.data.tokenizer import CharTokenizer
 from jaxrl.envs import gui as env
 from jaxrl.gui import actions, screens, window
@@ -134,6 +135,22 @@ def test_the_expert_does_every_task_and_tasks_are_of_all_kinds():
         state, result = step(jax.random.key(number), state, expert(state))
         won |= np.asarray(result.reward > 0)
     assert won.all()
+
+
+def test_the_agents_loop_runs_the_window():
+    """A policy of pixels: it presses the button whose colour the title bar shows."""
+
+    def act(observation, mask, memory, noise):
+        cells = observation[:, 1::4, 1::4].astype(jnp.int32)
+        wanted = (cells == cells[:, :1, :1]).all(-1).at[:, 0].set(False).reshape(len(cells), -1)
+        row, column = jnp.divmod(jnp.argmax(wanted, axis=1), 6)
+        zero = jnp.zeros_like(row)
+        return jnp.stack([zero + env.CLICK, 4 * column + 1, 4 * row + 1, zero], axis=1), memory, ()
+
+    made = envs.make("GUI")
+    acting = jax.jit(lambda keys: interact.collect(made, act, interact.begin(made, keys[0], 5), keys[1], steps=6)[1])
+    trajectory = acting(jax.random.split(jax.random.key(0)))
+    assert trajectory.done.all() and (trajectory.reward == 1).all() and (trajectory.episode_length == 1).all()
 
 
 def test_instructions():
