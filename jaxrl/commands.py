@@ -68,8 +68,8 @@ class Export:
     """Run folder, or smollm2-135m, a Hugging Face folder or a .gguf file."""
     out: str = dataclasses.field(kw_only=True)
     """New folder."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the weights in the files."""
+    dtype: Literal["float32", "bfloat16", "float16", "fp8"] = "float32"
+    """Type of the weights in the files; fp8 is DeepSeek's, matrices in e4m3 with a scale for each 128 x 128 block."""
     adapter: bool = False
     """Of a run with --adapter.kind lora or dora: write the adapter alone, in PEFT's form."""
     shard_gb: float = 5.0
@@ -346,13 +346,16 @@ def export(argv: Sequence[str]) -> None:
     files = pretrained.save_pretrained(model, options.out, dtype=options.dtype, shard_bytes=int(options.shard_gb * 1e9))
     size = sum(file.stat().st_size for file in files) / 1e6
     print(f"{options.out}: {len(files)} file{'s' if len(files) > 1 else ''} of weights, {size:,.1f} MB {options.dtype}")
-    print(f"open it: transformers.AutoModelForCausalLM.from_pretrained({options.out!r}), jaxrl chat {options.out}")
+    transformers = f"transformers.AutoModelForCausalLM.from_pretrained({options.out!r}), "
+    print(f"open it: {transformers if model.mask_id is None else ''}jaxrl chat {options.out}")
 
 
 def _export_adapter(options: Export) -> None:
     from jaxrl import runs
     from jaxrl.nets import adapters
 
+    if options.dtype == "fp8":
+        raise ValueError("--dtype fp8 is for whole models; an adapter is written in float32, bfloat16 or float16")
     given, params, base = runs.load_adapter(options.run)
     if given.kind not in ("lora", "dora"):
         raise ValueError(

@@ -258,7 +258,7 @@ def save_pretrained(
       tokenizer_config.json.
 
     Raises:
-      ValueError: a folder that holds something, a type that is none of the three, an architecture that has no
+      ValueError: a folder that holds something, a type that is none of these, an architecture that has no
         published name.
     """
     folder = Path(folder)
@@ -272,8 +272,7 @@ def save_pretrained(
         dtype, tensors = "bfloat16", weights.in_blocks(tensors)
         kind = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
         quantised = {"quantization_config": kind}
-    masks = {} if model.mask_id is None else {"mask_token_id": model.mask_id}
-    masks |= {} if model.block is None else {"cross_attn": True, "block_size": model.block}
+    masks = weights.with_masking(model.transformer, model.mask_id, model.block)
     config = weights.to_hugging_face(model.transformer) | ids | masks | quantised
     files = weights.write_safetensors(folder, tensors, dtype=dtype, shard_bytes=shard_bytes)
     save_tokenizer(words, folder)

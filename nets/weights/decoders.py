@@ -24,7 +24,15 @@ def masking(config: Mapping[str, Any], words: int) -> tuple[int | None, int | No
     """
     if config.get("model_type") in dit.KINDS:
         return dit.masking(config, words)
-    return config.get("mask_token_id"), None
+    return config.get("mask_token_id"), config.get("block_size")
+
+
+def with_masking(config: TransformerConfig, mask_id: int | None, block: int | None) -> dict[str, Any]:
+    """The inverse of `masking`: fields of a `config.json`. LLaDA's has none for a block; `block_size` is ours there."""
+    if mask_id is None:
+        return {}
+    blocks = {} if block is None else {"block_size": block, **({"cross_attn": True} if _own(config) is dit else {})}
+    return {"mask_token_id": mask_id, **blocks}
 
 
 def to_hugging_face(config: TransformerConfig) -> dict[str, Any]:

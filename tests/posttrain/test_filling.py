@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl import diffusion, runs
+from jaxrl import diffusion, pretrained, runs
 from jaxrl.posttrain import evaluation, recipes, sft, talk
 from jaxrl.posttrain.filling import DiffusionOptions, Filling
 from jaxrl.posttrain.grpo import GRPOConfig
@@ -90,6 +90,9 @@ def test_blocks_are_kept_in_the_folder_and_sampled_by(folder, blocks):
     again = dataclasses.replace(SFT, data=str(folder / "digits.jsonl"), out=str(blocks.folder), steps=210)
     again = dataclasses.replace(again, diffusion=DiffusionOptions(block=1))
     assert recipes.train_sft(again, resume=True).summary["accuracy_after"] == 1.0
+    pretrained.save_pretrained(model, folder / "published")
+    opened = pretrained.load_pretrained(folder / "published")
+    assert (opened.mask_id, opened.block) == (14, 1)
     with pytest.raises(ValueError, match=r"unmasking.block is 2 and the network was trained with blocks of 1"):
         talk.generator(model, Sampling(max_tokens=2), unmasking=Unmasking(block=2))
 
