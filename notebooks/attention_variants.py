@@ -25,10 +25,10 @@
 # 5. what must be kept of the past, in bytes
 # 6. forms that must agree, and do
 # 7. the time of a decoded token
-# 8. the memory of a compiled program
+# 8. a whole row with its gradient: time and memory against length
 #
 # - **Hardware**: any machine, of which the CPU is used; written for 2 cores.
-# - **Running time**: about two minutes, compilation included.
+# - **Running time**: about three minutes, most of it compilation.
 # - **Smaller**: with `SMOKE=1` in the environment everything runs at toy size.
 
 # %%
@@ -65,7 +65,7 @@ SMOKE = os.environ.get("SMOKE", "0") == "1"
 T = 64 if SMOKE else 128  # of the pictures
 FEATURES, DRAWS = ((16, 64), 4) if SMOKE else ((16, 64, 256, 1024), 40)
 CACHED, ROUNDS = ((64,), 3) if SMOKE else ((256, 2048, 16384), 31)
-LENGTHS = (64, 128) if SMOKE else (512, 2048, 8192)  # of the memory curves; these are compiled, not run
+LENGTHS, LAPS = ((64, 128), 2) if SMOKE else ((256, 512, 1024, 2048, 4096, 8192), 15)  # of whole rows
 plt.rcParams |= {"figure.dpi": 80, "figure.constrained_layout.use": True, "font.size": 10}
 plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 
@@ -437,7 +437,7 @@ def decoding(form, length):
 
 
 token = jnp.zeros((1, 1), jnp.int32)
-programs = {(form, length): decoding(form, length) for form in NETS for length in CACHED}
+programs = {(form, length): decoding(form, length) for length in CACHED for form in NETS}
 caches = {which: cache for which, (_, cache) in programs.items()}
 laps = {which: [] for which in programs}
 for _ in range(ROUNDS):
@@ -453,59 +453,80 @@ for form, times in took.items():
     print(f"{form:28}" + "".join(f"{ms:9.2f}" for ms in times))
 
 # %% [markdown]
-# ## 8. The memory of a compiled program
+# ## 8. A whole row: time and memory
 #
-# The forward pass and its gradients of one head of 64 numbers. The compiler says how much room a program needs beside
-# its arguments and results, without running it.
+# Now one head of 64 numbers over a row at once, forward and gradient, as in training. The compiler says how much room a
+# program needs beside its arguments and results, without running it. All but two are then run in turns as well.
 
 
 # %%
-def temporary(form, length):
-    """Bytes that forward and gradient need beside arguments and results."""
-    gradient = jax.grad(lambda q, k, v: jnp.sum(form(q, k, v)), argnums=(0, 1, 2))
-    arguments = [jax.ShapeDtypeStruct((1, length, 1, 64), jnp.float32)] * 3
-    return jax.jit(gradient).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+def compiled(form, length):
+    """Forward and gradient of a form; it takes q, k and v, each [1, length, 1, 64]."""
+    gradient = jax.grad(lambda q, k, v: jnp.sum(jnp.square(form(q, k, v))), argnums=(0, 1, 2))
+    return jax.jit(gradient).lower(*[jax.ShapeDtypeStruct((1, length, 1, 64), jnp.float32)] * 3).compile()
 
 
 MEASURED = {
-    "softmax, the formula": softmax,
     "softmax, by tiles": functools.partial(attention, implementation="xla"),
-    "linear, by chunks": mapped,
-    "linear, token by token": lambda q, k, v: linear_attention(
-        MAPS["elu+1"](q), MAPS["elu+1"](k), v, normalise=True, implementation="recurrent"
-    ),
+    "window of 256, by tiles": functools.partial(attention, mask=Causal() & Window(256), implementation="xla"),
+    "elu + 1, by chunks": mapped,
     "Performer, 256": performer,
     "lightning": functools.partial(mapped, name="silu", normalise=False, log_decay=SLOW),
+    "softmax, the formula": softmax,
+    "elu + 1, token by token": lambda q, k, v: linear_attention(
+        MAPS["elu+1"](q), MAPS["elu+1"](k), v, normalise=True, implementation="recurrent"
+    ),
 }
-room = {name: [temporary(form, n) for n in LENGTHS] for name, form in MEASURED.items()}
-print(f"{'temporary MB at length':28}" + "".join(f"{n:>10,}" for n in LENGTHS))
-for name, sizes in room.items():
-    print(f"{name:28}" + "".join(f"{size / 2**20:10.2f}" for size in sizes))
+TIMED = tuple(MEASURED)[:5]
+whole = {(name, n): compiled(form, n) for name, form in MEASURED.items() for n in LENGTHS}
+room = {name: [whole[name, n].memory_analysis().temp_size_in_bytes / 2**20 for n in LENGTHS] for name in MEASURED}
+laps = {(name, n): [] for n in LENGTHS for name in TIMED}  # short ones after short ones
+inputs = {n: [jax.random.normal(key, (1, n, 1, 64)) for key in jax.random.split(jax.random.key(4), 3)] for n in LENGTHS}
+for _ in range(LAPS):
+    for (name, n), times in laps.items():
+        begun = time.process_time()
+        jax.block_until_ready(whole[name, n](*inputs[n]))
+        times.append(1e3 * (time.process_time() - begun))
+spent = {name: [statistics.median(laps[name, n][1:]) for n in LENGTHS] for name in TIMED}
 
-figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.7))
+for title, table in (("CPU ms at length", spent), ("temporary MB at length", room)):
+    print(f"{title:28}" + "".join(f"{n:>10,}" for n in LENGTHS))
+    for name, values in table.items():
+        print(f"{name:28}" + "".join(f"{value:10.2f}" for value in values))
+    print()
+
+figure, axes = plt.subplots(1, 3, figsize=(13.5, 4.2))
 for form, times in took.items():
-    left.loglog(CACHED, times, marker="o", markersize=4, label=form)
-left.set(title="CPU ms of a decoded token", xlabel="columns of the cache")
-left.set_xticks(CACHED, CACHED)
-for name, sizes in room.items():
-    right.loglog(LENGTHS, np.array(sizes) / 2**20, marker="o", markersize=4, label=name)
-right.set(title="temporary MB, forward and gradient, one head", xlabel="length")
-right.set_xticks(LENGTHS, LENGTHS)
-for axis in (left, right):
+    axes[0].loglog(CACHED, times, marker="o", markersize=4, label=form)
+axes[0].set(title="CPU ms of a decoded token (section 7)", xlabel="columns of the cache")
+axes[0].set_xticks(CACHED, CACHED)
+for axis, table, title in ((axes[1], spent, "CPU ms, a whole row"), (axes[2], room, "temporary MB, a whole row")):
+    for i, (name, values) in enumerate(table.items()):
+        axis.loglog(LENGTHS, values, marker="o", markersize=4, color=f"C{i}", label=name)
+    axis.set(title=title, xlabel="length")
+    axis.set_xticks(LENGTHS, LENGTHS)
+for axis in axes:
     axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
 show(figure)
 
 # %% [markdown]
-# On the left, one decoded token of two layers. The linear forms take 0.88 to 1.40 ms at every length. Softmax goes from
-# 1.25 to 35.83 ms, latent attention from 1.38 to 6.96: it reads 64 + 16 numbers for each column and layer, where
+# On the left, one decoded token of two layers. The linear forms take 0.62 to 0.98 ms at every length. Softmax goes
+# from 0.69 to 25.74 ms, latent attention from 0.75 to 5.69: it reads 64 + 16 numbers for each column and layer, where
 # softmax reads 2 x 8 x 32. At 256 columns there is nothing to be gained.
 #
-# On the right, the formula's table of pairs grows with the square, to 1,024 MB for one head at length 8,192. By tiles
-# it needs 6.54 MB, the least of all: softmax's memory in training is no argument for linear attention, its arithmetic
-# and its cache are. Linear attention by chunks keeps one state for each chunk (18.23 MB), token by token one for each
-# token (150.19 MB), and 256 features make states four times as large as 64 numbers (72.49 MB).
+# In the middle, a whole row. From 2,048 on softmax takes nearly four times as long for twice the length; that of the
+# others about doubles, but for one leap of Performer's. At 8,192 softmax takes 216 ms, elu + 1 takes 15, lightning
+# and the window 20. Performer's 256 features, four times as many as the 64 numbers of a head, cost as much as softmax
+# between 1,024 and 2,048 tokens, and a third of it at 8,192. At 256 tokens all but Performer are alike: rows have to
+# be long before another form saves time.
+#
+# On the right, the formula's table of pairs grows with the square, to 768 MB for one head at length 8,192. By tiles
+# softmax needs 8.06 MB, and 4.58 with a window, the least of all: softmax's memory in training is no argument for
+# linear attention, its arithmetic and its cache are. Linear attention by chunks keeps one state for each chunk (18.36
+# MB), token by token one for each token (150.22 MB), and 256 features make states four times as large as 64 numbers
+# (72.53 MB).
 #
 # Not shown: what each form *learns*. A state of fixed size must forget something, and which tasks notice is a matter of
 # training runs, not of these pictures.
