@@ -516,11 +516,11 @@ show(figure)
 # from 0.69 to 25.74 ms, latent attention from 0.75 to 5.69: it reads 64 + 16 numbers for each column and layer, where
 # softmax reads 2 x 8 x 32. At 256 columns there is nothing to be gained.
 #
-# In the middle, a whole row. From 2,048 on softmax takes nearly four times as long for twice the length; that of the
-# others about doubles, but for one leap of Performer's. At 8,192 softmax takes 216 ms, elu + 1 takes 15, lightning
-# and the window 20. Performer's 256 features, four times as many as the 64 numbers of a head, cost as much as softmax
-# between 1,024 and 2,048 tokens, and a third of it at 8,192. At 256 tokens all but Performer are alike: rows have to
-# be long before another form saves time.
+# In the middle, a whole row. From 2,048 on softmax takes nearly four times as long for twice the length; the time of
+# the others about doubles, but for one leap of Performer's. At 8,192 softmax takes 216 ms, elu + 1 takes 15,
+# lightning and the window 20. Performer's 256 features, four times as many as the 64 numbers of a head, cost as much
+# as softmax between 1,024 and 2,048 tokens, and a third of it at 8,192. At 256 tokens all but Performer are alike:
+# rows have to be long before another form saves time.
 #
 # On the right, the formula's table of pairs grows with the square, to 768 MB for one head at length 8,192. By tiles
 # softmax needs 8.06 MB, and 4.58 with a window, the least of all: softmax's memory in training is no argument for
