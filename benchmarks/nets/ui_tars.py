@@ -23,8 +23,10 @@ minutes. The loss rests where the network knows the places of all buttons, but n
 row), for some 40,000 screens. What helps it on was chosen by the loss on screens of another key: Muon, weights of
 deviation 0.1 where 0.02 is right for great widths, norms of queries and keys, colours measured from the window's grey.
 
-GRPO. From `sft` of the letters, on its own episodes of two clicks, which leave no room for a slip: 16 tasks an
-iteration, eight episodes each. Success within two and three clicks, before and after.
+GRPO. From an agent that learnt the letters' traces of two steps, with Muon and weights as above: Adam's learns the
+second click for some seeds only, and where nothing succeeds nothing is reinforced (0.03 stayed 0.03 on seed 0). It goes
+on with its own episodes of two clicks, which leave no room for a slip: 16 tasks an iteration, eight episodes each.
+Success within two and three clicks before and after, and while learning. A seed takes 3 minutes.
 """
 
 import dataclasses
@@ -116,10 +118,10 @@ def without_thoughts(trace: gui.Trace) -> gui.Trace:
     return trace._replace(turns=tuple(turn._replace(response=bare(turn.response)) for turn in trace.turns))
 
 
-def tune(options: Options, model, params, traces, key, steps: int, *, rate: float = 2e-3):
+def tune(options: Options, model, params, traces, key, steps: int, *, rate: float = 2e-3, **changes):
     """Supervised steps on the traces."""
     batch = gui.sft_batch(traces, TOKENIZER, show=SHOW, keep=KEEP, packed=ROW)
-    optimizer = optimizer_of(steps, rate)
+    optimizer = optimizer_of(steps, rate, **changes)
     recipe = sft.make(sft.SFTConfig(batch=options.batch), model, optimizer)
     state, metrics = learn(recipe.step, recipe.init(key, params), batch, steps)
     return state.params, metrics
@@ -226,7 +228,8 @@ def measure_grpo(options: Options, seed: int) -> dict:
     keys = iter(jax.random.split(jax.random.key(seed), 8))
     model, two = model_of(options), window.window(TWO)
     traces = demonstrations(TWO, next(keys), options.traces, slip=SLIPS)
-    base, _ = tune(options, model, jax.jit(model.init)(next(keys)), traces, next(keys), options.sft_steps)
+    start = larger(jax.jit(model.init)(next(keys)), 5.0)
+    base, _ = tune(options, model, start, traces, next(keys), options.sft_steps, rate=5e-3, kind="muon")
     sampling, knobs = Sampling(max_tokens=RESPONSE), {"show": SHOW, "keep": KEEP, "width": PROMPT}
     config = grpo.GRPOConfig(prompts=16, group=8, kl_coef=0.0, sampling=sampling)
     optimizer = update.make_optimizer(update.OptimizerConfig(learning_rate=options.grpo_rate))
