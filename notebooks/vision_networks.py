@@ -18,7 +18,7 @@
 #
 # 1. what a patch sees: ViT, and Swin with windows that stay or move
 # 2. one click, several answers: the three masks of Segment Anything
-# 3. augmentation: erasing, cutout, mixup, CutMix, mosaic
+# 3. augmentation: erasing, cutout, mixup, CutMix, mosaic; what erasing is good for
 # 4. how well boxes were found: what each average precision measures
 #
 # - **Hardware**: any machine; written for 2 CPU cores. Nothing is downloaded; all images are drawn here.
@@ -37,6 +37,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import flax.linen as nn
 import IPython.display
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 from matplotlib.patches import Rectangle
 
 from jaxrl import segment
@@ -63,8 +66,8 @@ from jaxrl.nets.vision.swin import Swin, SwinConfig, regions
 from jaxrl.nets.vision.vit import ViT, ViTConfig
 
 SMOKE = os.environ.get("SMOKE", "0") == "1"
-SWIN_STEPS, SAM_STEPS = (2, 2) if SMOKE else (300, 400)
-TEST, DRAWS = (8, 64) if SMOKE else (512, 4096)
+SWIN_STEPS, SAM_STEPS, ERASING_STEPS = (2, 2, 2) if SMOKE else (300, 500, 400)
+TEST, DRAWS, SEEDS = (8, 64, (0,)) if SMOKE else (512, 4096, (0, 1, 2))
 plt.rcParams |= {"figure.dpi": 80, "figure.constrained_layout.use": True, "grid.alpha": 0.3, "font.size": 10}
 plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 
@@ -250,8 +253,8 @@ show(figure)
 #
 # A person who clicks on a button may mean the button or the shirt. Segment Anything
 # ([arXiv 2304.02643](https://arxiv.org/abs/2304.02643)) answers with three masks, and only the mask with the smallest
-# loss is trained: the three are free to part. Here a disc lies in a square and every click lies in the disc; whether
-# the disc or the square is meant is a coin's toss, which the network does not see.
+# loss is trained: the three are free to part. Here a dot lies in a disc, the disc in a square, and every click lies in
+# the dot; which of the three is meant is drawn by lot, and the network does not see it.
 #
 # The same tiny network is trained twice, with the loss on one mask and with the loss on the best of three.
 
@@ -265,18 +268,21 @@ TRAINED = {"one mask": jnp.array([True, False, False]), "three masks": jnp.ones(
 
 
 def scenes(key, number):
-    """(images [N, 24, 24, 3], discs and squares, bool [N, 24, 24]): each disc lies in a square."""
-    at, inner, outer, shift, colours, noise = jax.random.split(key, 6)
+    """(images [N, 24, 24, 3], masks of dot, disc and square, bool [N, 3, 24, 24]): each lies in the next."""
+    at, sizes, shift, colours, noise = jax.random.split(key, 5)
     pixel = jnp.stack(jnp.meshgrid(jnp.arange(PIXELS), jnp.arange(PIXELS)), axis=-1)[None].astype(jnp.float32)
-    half = jax.random.uniform(outer, (number, 1, 1), minval=6.0, maxval=9.0)
-    radius = jax.random.uniform(inner, (number, 1, 1), minval=2.5, maxval=4.5)
-    centre = PIXELS / 2 + jax.random.uniform(at, (number, 1, 1, 2), minval=-3.0, maxval=3.0)
-    off = jax.random.uniform(shift, (number, 1, 1, 2), minval=-1.0, maxval=1.0)
-    square = jnp.max(jnp.abs(pixel - centre), axis=-1) < half
-    disc = jnp.sum(jnp.square(pixel - centre - off), axis=-1) < jnp.square(radius)
-    colour = 0.3 * jax.random.normal(colours, (number, 3, 1, 1, 3)) + jnp.array([0.0, 1.0, 2.0]).reshape(1, 3, 1, 1, 1)
-    images = jnp.where(disc[..., None], colour[:, 2], jnp.where(square[..., None], colour[:, 1], colour[:, 0]))
-    return images - 1 + 0.1 * jax.random.normal(noise, images.shape), disc, square
+    least, most = jnp.array([[2.0, 5.0, 8.5], [3.0, 6.5, 10.0]])  # radius of the dot, of the disc, half of the square
+    size = jax.random.uniform(sizes, (number, 3, 1, 1), minval=least[:, None, None], maxval=most[:, None, None])
+    centre = PIXELS / 2 + jax.random.uniform(at, (number, 1, 1, 2), minval=-1.5, maxval=1.5)
+    off = jax.random.uniform(shift, (number, 2, 1, 1, 2), minval=-1.0, maxval=1.0)
+    from_dot, from_disc = pixel - centre - off[:, 0] - off[:, 1], pixel - centre - off[:, 0]
+    distances = jnp.linalg.norm(from_dot, axis=-1), jnp.linalg.norm(from_disc, axis=-1), jnp.abs(pixel - centre).max(-1)
+    masks = jnp.stack(distances, axis=1) < size
+    colour = 0.25 * jax.random.normal(colours, (number, 4, 1, 1, 3)) + jnp.arange(4.0)[:, None, None, None]
+    images = colour[:, 0]  # the ground is darkest
+    for m in (2, 1, 0):
+        images = jnp.where(masks[:, m, ..., None], colour[:, 3 - m], images)
+    return images - 1.5 + 0.1 * jax.random.normal(noise, images.shape), masks
 
 
 def answer(params, images, points):
@@ -290,14 +296,14 @@ optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_
 
 @jax.jit
 def train_sam(key, counted):
-    """(params, loss of every step): every click lies in the disc; a coin says whether disc or square is meant."""
+    """(params, loss of every step): every click lies in the dot; the lot says which of the three is meant."""
 
     def step(carry, key):
         params, moments = carry
-        scene, click, toss = jax.random.split(key, 3)
-        images, disc, square = scenes(scene, 16)
-        points, _ = segment.sample_point(click, disc)
-        target = jnp.where(jax.random.bernoulli(toss, 0.5, (16, 1, 1)), disc, square)
+        scene, click, lot = jax.random.split(key, 3)
+        images, masks = scenes(scene, 16)
+        points, _ = segment.sample_point(click, masks[:, 0])
+        target = masks[jnp.arange(16), jax.random.randint(lot, (16,), 0, 3)]
         asked = jnp.broadcast_to(counted[None], (16, 3))
         loss = lambda params: sam_loss(*answer(params, images, points), target, counted=asked)[0].mean()
         value, gradient = jax.value_and_grad(loss)(params)
@@ -312,26 +318,29 @@ def train_sam(key, counted):
 
 @jax.jit
 def judged(params, key):
-    """True IoUs [N, disc and square, masks] and predicted ones [N, masks] on new images."""
+    """True IoUs [N, meanings, masks] and predicted ones [N, masks] on new images."""
     scene, click = jax.random.split(key)
-    images, disc, square = scenes(scene, TEST)
-    points, _ = segment.sample_point(click, disc)
+    images, meant = scenes(scene, TEST)
+    points, _ = segment.sample_point(click, meant[:, 0])
     logits, predicted = answer(params, images, points)
-    true = [iou(logits, jnp.broadcast_to(meant[:, None], logits.shape)) for meant in (disc, square)]
-    return jnp.stack(true, axis=1), predicted
+    pairs = (TEST, 3, 3, PIXELS, PIXELS)
+    return iou(jnp.broadcast_to(logits[:, None], pairs), jnp.broadcast_to(meant[:, :, None], pairs)), predicted
 
 
+MEANINGS = ("dot", "disc", "square")
 weights, sam_losses = {}, {}
 for name, counted in TRAINED.items():
     weights[name], sam_losses[name] = train_sam(jax.random.key(0), counted)
-print(f"{'IoU on new images':18}{'best mask':>10}{'disc meant':>12}{'square meant':>14}   which one: disc, square")
+print(f"{'IoU on new images':18}{'best mask':>10}" + "".join(f"{meaning + ' meant':>14}" for meaning in MEANINGS))
 for name, counted in TRAINED.items():
-    true, _ = judged(weights[name], jax.random.key(7))
-    true = true[..., np.asarray(counted)]
+    true = judged(weights[name], jax.random.key(7))[0][..., np.asarray(counted)]
     best = true.max(-1).mean(0)
-    wins = [np.bincount(np.asarray(true[:, meant].argmax(-1)), minlength=true.shape[-1]) / TEST for meant in (0, 1)]
-    shares = ",  ".join(" ".join(f"{x:4.0%}" for x in of) for of in wins)
-    print(f"{name:18}{best.mean():10.3f}{best[0]:12.3f}{best[1]:14.3f}   {shares}")
+    print(f"{name:18}{best.mean():10.3f}" + "".join(f"{value:14.3f}" for value in best))
+which = np.asarray(true.argmax(-1))
+print("of three, the best is")
+for meaning, column in zip(MEANINGS, which.T, strict=True):
+    shares = np.bincount(column, minlength=3) / TEST
+    print(f"  {meaning:8}" + ", ".join(f"mask {m + 1} {share:5.1%}" for m, share in enumerate(shares)))
 
 # %% [markdown]
 # Now as a user would ask: an image of any size with values from 0 to 255, a click in its own pixels, and
@@ -340,10 +349,10 @@ for name, counted in TRAINED.items():
 # %%
 SCALE = 8
 scene_key = jax.random.key(11)
-images, discs, squares = scenes(scene_key, 3)
+images, shapes = scenes(scene_key, 3)
 mean, deviation = (np.array(x) for x in (segment.MEAN, segment.DEVIATION))
 paint = lambda x: np.clip(np.kron(np.asarray(x) * deviation + mean, np.ones((SCALE, SCALE, 1))), 0, 255)
-clicks, _ = segment.sample_point(jax.random.key(12), discs)
+clicks, _ = segment.sample_point(jax.random.key(12), shapes[:, 0])
 
 figure, axes = plt.subplots(3, 5, figsize=(9.0, 5.6))
 for row, x, click in zip(axes, images, np.asarray(clicks), strict=True):
@@ -358,7 +367,7 @@ for row, x, click in zip(axes, images, np.asarray(clicks), strict=True):
         mask = np.asarray(answers.masks[0, m])[..., None]
         shaded = np.where(mask, 0.35 * user_image + 0.65 * np.array((30, 110, 240)), 0.5 * user_image + 0.5 * 255)
         picture(axis, shaded.astype(np.uint8), f"{name}\nIoU predicted {answers.ious[0, m]:.2f}")
-show(figure)
+show(figure, 128)
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 2.8))
@@ -371,18 +380,20 @@ true, predicted = judged(weights["three masks"], jax.random.key(7))
 for m in range(3):
     right.scatter(true.mean(1)[:, m], predicted[:, m], s=5, alpha=0.5, label=f"mask {m + 1}")
 right.plot((0, 1), (0, 1), color="black", linewidth=0.7)
-right.set(xlabel="true IoU, mean of the two meanings", ylabel="predicted IoU", xlim=(0, 1), ylim=(-0.1, 1))
+right.set(xlabel="true IoU, mean of the three meanings", ylabel="predicted IoU", xlim=(0, 1), ylim=(0, 1))
 right.legend(markerscale=3, loc="lower right")
 show(figure)
 
 # %% [markdown]
-# One mask must serve two masters: it settles on a little more than the disc, and is at 0.485 over both. Of three, one
-# becomes the disc and one the square, without being told that there are two meanings: 0.949. The third is left over. On
-# the new images it is never the best, and a mask that is never the best gets no gradient.
+# One mask must serve three masters: it settles between the dot and the disc, and is at 0.355 over the three. Of three
+# masks each becomes one of the meanings, without being told which: 0.929. On the new images it is always the same one
+# that takes the dot, the disc or the square. Were there fewer meanings than masks, one would be left over and
+# untrained: a mask that is never the best gets no gradient.
 #
-# Which of them is meant, nobody can know. The predicted IoU is honest about that: it is about one half for each, as the
-# mean of the two meanings is. A second click, or a box, is what would decide; `segment.interact` plays such
-# conversations for training.
+# Which of them is meant, nobody can know. The predicted IoU is honest about that: what it learns is the mean over the
+# meanings, so that it says 0.37 for the dot, 0.47 for the disc and 0.46 for the square, where each has 0.86 to 0.99
+# if it is the one meant. The dot is the worst bet, since it covers least of the others. A second click, or a box, is
+# what would decide; `segment.interact` plays such conversations for training.
 #
 # ## 3. Augmentation
 #
@@ -438,7 +449,7 @@ def said(label):
     return "\n".join(f"{p:.2f} {name}" for p, name in zip(label, NAMES, strict=True) if p > 0.005).replace("1.00 ", "")
 
 
-figure, axes = plt.subplots(5, 5, figsize=(6.8, 7.4))
+figure, axes = plt.subplots(5, 5, figsize=(5.6, 6.4))
 lines = {
     "as drawn": (drawings, labels),
     "random erasing": (erased, labels),
@@ -450,7 +461,7 @@ for row, (name, (some, their)) in zip(axes, lines.items(), strict=True):
     for axis, x, label in zip(row, some, their, strict=True):
         picture(axis, np.asarray(x), said(label))
     row[0].set_ylabel(name)
-show(figure, 64)
+show(figure, 48)
 
 # %%
 mosaic = jax.jit(partial(augment.mosaic, fill=0.5, visible=0.5))
@@ -493,17 +504,7 @@ for axis, (name, way) in zip(axes, ways.items(), strict=True):
     axis.set(xticks=[], yticks=[])
     axis.set_title(name, fontsize=9)
 figure.colorbar(shade, ax=axes, label="how often lost")
-show(figure)
-
-# %%
-file = Path.cwd().parent / "benchmarks" / "nets" / "erasing.json"
-figures = json.loads(file.read_text())["accuracy"]
-print("digits of 8 x 8, accuracy on the test, mean of three seeds")
-tests = [name for name in figures[0] if name not in ("seed", "erasing")]
-print(f"{'trained':18}" + "".join(f"{name:>11}" for name in tests))
-for erase in (False, True):
-    means = [np.mean([row[name] for row in figures if row["erasing"] is erase]) for name in tests]
-    print(f"{'with erasing' if erase else 'without':18}" + "".join(f"{value:11.3f}" for value in means))
+show(figure, 64)
 
 # %% [markdown]
 # Random erasing takes a fifth of the pixels, and mostly from the middle: a large rectangle that has to lie inside
@@ -512,8 +513,127 @@ for erase in (False, True):
 # over the image, and smaller near the border than its size says. CutMix takes very different shares, which is why its
 # labels go by the real area.
 #
-# Is it of use? It is against what it imitates. On digits with something before them the benchmark finds gains, on clean
-# ones none.
+# Is erasing of use? A small network learns ten digits (drawn here: turned, moved, with noise) from 1,000 images: as
+# they are, or with a rectangle erased from half of them, anew in each step. Then a square lies somewhere on each of
+# 1,000 new ones: of noise, which is what erasing writes; white; or black, as the ground is.
+
+# %%
+PAPER, TRAIN = 16, (32 if SMOKE else 1000)
+font = PIL.ImageFont.load_default(58)
+
+
+def digits(random, number):
+    """(images [number, 16, 16, 1], labels [number]): white on black."""
+    drawn, labels = [], random.integers(0, 10, number)
+    for label in labels:
+        canvas = PIL.Image.new("L", (64, 64))
+        PIL.ImageDraw.Draw(canvas).text((32, 32), str(label), fill=255, font=font, anchor="mm")
+        angle, shift = random.uniform(-15, 15), random.uniform(-6, 6, 2)
+        turned = canvas.rotate(angle, PIL.Image.Resampling.BILINEAR, translate=tuple(shift))
+        drawn.append(np.asarray(turned.resize((PAPER, PAPER), PIL.Image.Resampling.BOX)) / 255)
+    noisy = np.array(drawn) + 0.1 * random.normal(size=(number, PAPER, PAPER))
+    return jnp.asarray(noisy.clip(0, 1)[..., None], jnp.float32), jnp.asarray(labels)
+
+
+class Reader(nn.Module):
+    """images [B, 16, 16, 1] -> logits [B, 10]."""
+
+    @nn.compact
+    def __call__(self, x):
+        for width in (16, 32):
+            x = nn.relu(nn.Conv(width, (3, 3), strides=(2, 2))(x))
+        return nn.Dense(10)(nn.relu(nn.Dense(64)(x.reshape(len(x), -1))))
+
+
+reader, adam = Reader(), optax.adam(2e-3)
+taught, taught_labels = digits(np.random.default_rng(0), TRAIN)
+asked, asked_labels = digits(np.random.default_rng(1), TRAIN)
+
+
+@partial(jax.jit, static_argnames="probability")
+def reader_step(params, moments, key, *, probability):
+    """One step on 64 images, each erased with this probability."""
+    choose, erase = jax.random.split(key)
+    chosen = jax.random.randint(choose, (64,), 0, TRAIN)
+    erasing = jax.vmap(partial(augment.random_erasing, probability=probability))
+    seen = erasing(jax.random.split(erase, 64), taught[chosen])
+    loss = lambda params: optax.softmax_cross_entropy_with_integer_labels(
+        reader.apply(params, seen), taught_labels[chosen]
+    ).mean()
+    updates, moments = adam.update(jax.grad(loss)(params), moments)
+    return optax.apply_updates(params, updates), moments
+
+
+def taught_reader(seed, probability):
+    """Parameters after training."""
+    start, training = jax.random.split(jax.random.key(seed))
+    params = jax.jit(reader.init)(start, taught[:1])
+    moments = adam.init(params)
+    for key in jax.random.split(training, ERASING_STEPS):  # on a CPU, XLA is slow at convolutions inside a scan
+        params, moments = reader_step(params, moments, key, probability=probability)
+    return params
+
+
+FILLS, SIDES = {"noise": None, "white": 1.0, "black": 0.0}, (0, 2, 4, 6, 8)
+
+
+@partial(jax.jit, static_argnames=("side", "fill"))
+def covered(key, images, *, side, fill):
+    """Images with a square of this side somewhere inside."""
+
+    def one(key, image):
+        place, noise = jax.random.split(key)
+        at = jax.random.randint(place, (2,), 0, PAPER - side + 1)
+        square = jax.random.uniform(noise, (side, side, 1)) if fill is None else jnp.full((side, side, 1), fill)
+        return jax.lax.dynamic_update_slice(image, square, (*at, 0))
+
+    return jax.vmap(one)(jax.random.split(key, len(images)), images)
+
+
+readers = {p: [taught_reader(seed, p) for seed in SEEDS] for p in (0.0, 0.5)}
+accuracy = {}  # (fill, probability): [seeds, sides]
+for fill, value in FILLS.items():
+    tests = [covered(jax.random.key(2), asked, side=side, fill=value) for side in SIDES]
+    right = lambda params, x: float(jnp.mean(reader.apply(params, x).argmax(-1) == asked_labels))
+    for p, trained in readers.items():
+        accuracy[fill, p] = np.array([[right(params, x) for x in tests] for params in trained])
+
+print(f"accuracy, mean of {len(SEEDS)} seeds; side of the square" + "".join(f"{side:8}" for side in SIDES))
+for (fill, p), values in accuracy.items():
+    print(f"{fill:8}{'with erasing' if p else 'without':37}" + "".join(f"{value:8.3f}" for value in values.mean(0)))
+
+figure, axes = plt.subplots(2, 3, figsize=(9.6, 4.2), height_ratios=(0.4, 1))
+for (above, below), (fill, value) in zip(axes.T, FILLS.items(), strict=True):
+    strip = [covered(jax.random.key(3), asked[:5], side=side, fill=value)[i, ..., 0] for i, side in enumerate(SIDES)]
+    picture(above, np.hstack(strip), fill, cmap="gray", vmin=0, vmax=1)
+    for p, colour in ((0.0, "tab:orange"), (0.5, "tab:blue")):
+        below.plot(SIDES, accuracy[fill, p].T, color=colour, linewidth=0.6, alpha=0.6)
+        name = "with random erasing" if p else "without"
+        below.plot(SIDES, accuracy[fill, p].mean(0), color=colour, marker="o", markersize=4, label=name)
+    below.set(xlabel="side of the square, of 16 pixels", ylim=(0, 1))
+    below.grid()
+axes[1, 0].set_ylabel("accuracy on new digits")
+axes[1, 0].legend(loc="lower left", fontsize=9)
+show(figure, 32)
+
+# %% [markdown]
+# Handwritten digits of 8 x 8, from the benchmark `benchmarks/nets/erasing.py`:
+
+# %%
+file = Path.cwd().parent / "benchmarks" / "nets" / "erasing.json"
+figures = json.loads(file.read_text())["accuracy"]
+print("accuracy on the test, mean of three seeds")
+tests = [name for name in figures[0] if name not in ("seed", "erasing")]
+print(f"{'trained':18}" + "".join(f"{name:>11}" for name in tests))
+for erase in (False, True):
+    means = [np.mean([row[name] for row in figures if row["erasing"] is erase]) for name in tests]
+    print(f"{'with erasing' if erase else 'without':18}" + "".join(f"{value:11.3f}" for value in means))
+
+# %% [markdown]
+# Erasing helps against what it imitates, and beyond. Whole digits lose a little, 0.979 to 0.964. Under a square of 6
+# pixels, a seventh of the image, 0.761 against 0.471 are read if it is of noise, and 0.576 against 0.233 if it is
+# white, though no training image had a white square. The least is gained under black, which only takes strokes away:
+# 0.634 against 0.528. Handwritten digits say the same, and lose nothing when they are whole.
 #
 # ## 4. How well boxes were found
 #
@@ -672,8 +792,9 @@ show(figure)
 # ## Try
 #
 # - Windows of 2 in section 1: how many layers until all is seen?
-# - A third meaning in section 2, a ring around the disc: does the third mask take it?
+# - Four meanings in section 2, with three masks: which two share one?
 # - `detector(..., loose=0.05, again=0.5)` in section 4, and non-maximum suppression of your own against it.
 #
 # The networks are `nets/vision/{vit,swin,sam}.py`; training and use of Segment Anything are in `jaxrl/segment.py`,
-# longer runs of sections 1 and 2 in `benchmarks/nets/swin_shift.json` and `sam_ambiguity.json`.
+# runs of more seeds in `benchmarks/nets`: `swin_shift.json`, `sam_ambiguity.json` (two meanings) and
+# `erasing.json`.
