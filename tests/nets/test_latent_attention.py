@@ -12,7 +12,6 @@ from jaxrl.kernels.attention import Causal, Segments
 from jaxrl.nets import adapters, presets
 from jaxrl.nets.language_model import language_model
 from jaxrl.nets.latent_attention import LatentConfig
-from jaxrl.nets.moe import MoEConfig
 from jaxrl.nets.rope import Yarn, score_factor
 from jaxrl.posttrain.rollout import Sampling, completion_log_probs, rollout
 from jaxrl.posttrain.slots import rollout_in_slots
@@ -148,7 +147,6 @@ def test_on_a_mesh_it_is_that_of_one_device(spec):
         ({"latent": dataclasses.replace(LATENT, rope=3)}, "latent.rope is 3"),
         ({"qkv_bias": True}, "its matrices have none"),
         ({"latent": None, "rope_scaling": Yarn(4.0, 16, mscale_all_dim=1.0)}, "expected 0 without latent"),
-        ({"experts": MoEConfig(2, 1, 8), "gated": False}, "they are SwiGLU layers"),
     ],
 )
 def test_bad_configs_are_refused(changes, message):
