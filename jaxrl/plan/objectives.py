@@ -88,8 +88,9 @@ def _classes(config: vit.ViTConfig | swin.SwinConfig, rows: int, length: int) ->
     module: Any = vit.ViT(config) if isinstance(config, vit.ViTConfig) else swin.Swin(config)
     if isinstance(config, vit.ViTConfig):
         sides = config.image_size
-    else:  # of the papers: 384 for windows of 12; 256 in version 2
-        sides = (384, 384) if config.window == 12 else (224, 224) if config.version == 1 else (256, 256)
+    else:  # of the papers: windows as wide as the last stage, the larger ones of version 2 as the third
+        side = config.window * (16 if config.version == 2 and config.window > 8 else 32)
+        sides = (side, side)
 
     def loss(params, batch, key):
         logits = module.apply({"params": params}, batch["pictures"], rngs={"dropout": key})

@@ -99,7 +99,9 @@ class Filling(NamedTuple):
         return {"sampler": self.sampler(), "log_probs": estimate}
 
 
-def filling_of(transformer: TransformerConfig, mask_id: int | None, block: int | None, unmasking: Unmasking):
+def filling_of(
+    transformer: TransformerConfig, mask_id: int | None, block: int | None, unmasking: Unmasking
+) -> Filling | None:
     """How a network writes: the `Filling` of one that fills in masks, None of one that reads from left to right.
 
     Raises:

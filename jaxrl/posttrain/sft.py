@@ -52,7 +52,7 @@ def loss(model: LanguageModel, params, batch: TokenBatch, *, z_loss: float = 0.0
     Args:
       model, params: the language model.
       batch: right-padded or packed; the first token of an example cannot be predicted.
-      z_loss: weight of `(log Z)^2` of every counted token, as in `losses.token_cross_entropy`.
+      z_loss: weight of `(log Z)^2` of every counted token, as in `losses.tokens.cross_entropy`.
 
     Returns:
       `(Weighted, {"train/target_probability": Weighted, "policy/entropy": Weighted})`; with z_loss also

@@ -133,6 +133,13 @@ def test_every_kind_of_network_has_a_plan(name):
     assert found["train_flops"]["forward and backward"] > 0 and found["rows_per_second"] > 0
 
 
+def test_swins_are_planned_with_the_pictures_of_their_papers():
+    """Liu et al. 2021 (arXiv:2103.14030) and 2022 (arXiv:2111.09883)."""
+    sides = {"swin_t": 224, "swin_b_384": 384, "swinv2_t": 256, "swinv2_t_w16": 256, "swinv2_l_w12": 192}
+    for name, side in (sides | {"swinv2_l_w24_384": 384}).items():
+        assert objectives.objective(networks.find(name).config, 2, 1).batch["pictures"].shape == (2, side, side, 3)
+
+
 @pytest.mark.slow
 def test_the_whole_catalogue_has_a_plan():
     for one in networks.networks():

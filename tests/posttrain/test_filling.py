@@ -113,6 +113,7 @@ def test_dpo_compares_under_the_same_masks(folder, masked):
     np.testing.assert_allclose([first["train/loss"], first["rewards/margins"]], [np.log(2), 0], atol=1e-6)
     assert outcome.summary["pair_accuracy_after"] == 1.0
     assert outcome.state.reference is not None  # scored in each step
+    assert runs.read_config(outcome.folder)[1]["dpo"]["reference_every"] == 0  # as it was asked for
     with pytest.raises(ValueError, match="packing is for networks that write from left to right"):
         recipes.train_dpo(dataclasses.replace(run, tokenizer="", packing=True, out=str(folder / "no")))
 

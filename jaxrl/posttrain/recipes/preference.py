@@ -75,18 +75,17 @@ def train_dpo(run: DPORun, *, resume: bool = False, display: Display | None = No
     training, held_out = (
         task.pairs_of(records, setup.task.tokenizer) for records in (setup.task.training, setup.task.held_out)
     )
-    known = {}
+    config, known = run.dpo, {}
     if setup.filling:
         if run.packing:
             raise ValueError("packing is for networks that write from left to right, and this one fills in masks")
-        config, known = setup.filling.dpo(run.diffusion, run.dpo)
-        run = dataclasses.replace(run, dpo=config)
+        config, known = setup.filling.dpo(run.diffusion, config)
     if run.packing:
         training = jax.tree.map(jnp.asarray, preferences.pack_pairs(training, run.width))
     enough(run, "packed rows" if run.packing else "pairs", run.dpo.batch, setup, rows=len(training.chosen.tokens))
     setup = with_context(setup, max(pairs.chosen.tokens.shape[1] for pairs in (training, held_out)))
-    rows, moving = run.dpo.batch // run.dpo.micro_batches, run.dpo.reference_every > 0
-    make = partial(preference.make, run.dpo, **known)
+    rows, moving = run.dpo.batch // run.dpo.micro_batches, config.reference_every > 0
+    make = partial(preference.make, config, **known)
     recipe = setup.recipe(run, make, rows=rows, moving_reference=moving)
     data, seen = preference.Referenced(training), preference.Referenced(held_out)
     if run.dpo.needs_reference:
