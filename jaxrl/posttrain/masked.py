@@ -202,4 +202,4 @@ def make(
     objective = lambda _, params, part: loss(params, part)
     prepare = lambda key, texts: masked(key, texts, config, mask_id=mask_id, words=words)
     options: dict[str, Any] = {"max_grad_norm": max_grad_norm, "constrain": constrain}
-    return sft.make(sizes, None, optimizer, objective=objective, prepare=prepare, **options)  # pyright: ignore
+    return sft.make(sizes, None, optimizer, objective=objective, prepare=prepare, **options)

@@ -125,7 +125,7 @@ def arrange(config: SFTConfig, examples: Examples) -> tuple[TokenBatch, int]:
 
 def make(
     config: SFTConfig,
-    model: LanguageModel,
+    model: LanguageModel | None,
     optimizer: optax.GradientTransformation,
     *,
     max_grad_norm: float = 1.0,
@@ -137,7 +137,7 @@ def make(
 
     Args:
       config: batch sizes.
-      model: four functions; see `LanguageModel`.
+      model: four functions; see `LanguageModel`. None with an `objective` that knows its network.
       optimizer: from `update.make_optimizer`, or any optax transformation.
       max_grad_norm: global norm above which the gradient is scaled down; 0 leaves it.
       constrain: puts a batch pytree onto the mesh (`parallel.shard_batch`); the identity on one device.

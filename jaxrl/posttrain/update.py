@@ -254,7 +254,7 @@ ROUTED = (1 << 30) + 9
 
 
 def value_and_grad_of(
-    model: LanguageModel,
+    model: LanguageModel | None,
     loss: Callable,
     params,
     batch,
@@ -269,7 +269,7 @@ def value_and_grad_of(
     its own key.
 
     Args:
-      model: see `LanguageModel`; one without `routers` is used as it is.
+      model: see `LanguageModel`; without `routers` it is used as it is. None, of a loss that knows its network, too.
       loss: `(model, params, batch) -> (Weighted, {name: Weighted})`.
       params, batch, micro_batches: as in `value_and_grad`.
       key: the run's; not consumed.
@@ -278,7 +278,7 @@ def value_and_grad_of(
     Returns:
       As `value_and_grad`; of a model with routers the metrics have `router_metrics`.
     """
-    if model.routers is None:
+    if model is None or model.routers is None:
         return value_and_grad(partial(loss, model), params, batch, micro_batches=micro_batches)
     zeros = jnp.zeros((model.routers.layers, model.routers.experts + 2))
     key = jax.random.fold_in(jax.random.fold_in(key, ROUTED), number)
