@@ -8,6 +8,7 @@ from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.special import digamma
 
 from jaxrl.data.tokenizer_files import SPLITS
 from jaxrl.text.bpe import BYTE_LEVEL, byte_level, check_size, roles
@@ -15,8 +16,8 @@ from jaxrl.text.pretokenize import LETTERS, METASPACE, count_words, from_letters
 from jaxrl.text.tokenizer import SPECIAL, TrainedTokenizer
 
 UNKNOWN = "<unk>"
-RARE = 0.01
-"""The count of a character that larger pieces have made superfluous: later there may be a word without them."""
+PENALTY = 10.0
+"""What an unknown character is less probable than the least probable piece, in nats."""
 SPACES = {"type": "Metaspace", "replacement": METASPACE, "prepend_scheme": "never", "split": True}
 
 
@@ -25,8 +26,9 @@ class UnigramTokenizer(TrainedTokenizer):
     """A word becomes the pieces whose log-probabilities have the largest sum.
 
     scores: log-probability of each token that is a piece; the first is <unk>. pre: "metaspace", where a character
-    outside the vocabulary is <unk> (neighbours share one) at the lowest score less 10; or a rule of `split_words` whose
-    words are written as letters of bytes: then no text is unknown and decoding gives every text back.
+    outside the vocabulary is <unk> (neighbours share one) at the lowest score less `PENALTY`; or a rule of
+    `split_words` whose words are written as letters of bytes: then no text is unknown and decoding gives every text
+    back.
     """
 
     scores: tuple[float, ...]
@@ -57,7 +59,7 @@ class UnigramTokenizer(TrainedTokenizer):
         found = [(end, *self._pieces[word[start:end]]) for end in ends if word[start:end] in self._pieces]
         if found and found[0][0] == start + 1:
             return found
-        return [*found, (start + 1, 0, min(self.scores) - 10.0)]
+        return [*found, (start + 1, 0, min(self.scores) - PENALTY)]
 
     @cached_property
     def _word(self):
@@ -127,16 +129,15 @@ def train_unigram(
     pre: str = "gpt-2",
     special: Sequence[str] = SPECIAL,
     longest: int = 16,
-    seed_size: int | None = None,
+    seed_size: int = 1_000_000,
     keep: float = 0.75,
     em_steps: int = 2,
 ) -> UnigramTokenizer:
-    """Learn pieces and their probabilities from texts.
+    """Learn pieces and their probabilities from texts; the vocabulary is the one that `tokenizers` learns.
 
-    Begins with the substrings of words of the largest count times length. Then by turns: `em_steps` steps of EM
-    (`e_step`), and the pieces whose loss would cost the least likelihood go (`losses`), until 1.1 `vocab_size` are
-    left; the most probable of those stay. Single characters always do, with a count of at least `RARE`. Plain EM, whose
-    likelihood never falls; SentencePiece has digamma(count) in place of log(count), which drives rare pieces out.
+    Begins with `seeds`. Then by turns: `em_steps` steps of EM (`e_step`, `m_step`), and the pieces whose loss would
+    cost the least likelihood go (`losses`), until at most 1.1 `vocab_size` are left. Of those the characters stay, then
+    the pieces whose loss cost most when it was last reckoned.
 
     Args:
       texts: a text, or several.
@@ -144,7 +145,7 @@ def train_unigram(
       pre: see `UnigramTokenizer`.
       special: the first three are BOS, EOS and padding.
       longest: characters (or bytes) of a piece.
-      seed_size: pieces at the beginning; None: 10 `vocab_size`.
+      seed_size: pieces at the beginning, at most.
       keep: share of the pieces that a round of pruning leaves.
       em_steps: between prunings.
 
@@ -158,31 +159,28 @@ def train_unigram(
         raise ValueError("train_unigram: texts hold no character; expected text to learn from")
     letters = sorted(LETTERS if pre != "metaspace" else {c for word in words for c in word})
     room = check_size("train_unigram", vocab_size, len(letters) + 1, special) - 1
-    pieces, weights = seeds(words, letters, longest=longest, size=seed_size or 10 * vocab_size)
-    scores, fixed = np.log(weights / weights.sum()), len(letters)
-    corpus = lattices(words, pieces)
-    spelt = lattices(dict.fromkeys(pieces, 1), pieces)
-
-    def step(scores):
-        _, counts = e_step(corpus, scores)
-        counts[:fixed] = np.maximum(counts[:fixed], RARE)
-        return m_step(counts), counts
-
+    pieces, scores = seeds(words, longest=longest, size=seed_size)
+    corpus, spelt = lattices(words, pieces), lattices(dict.fromkeys(pieces, 1), pieces)
+    most = vocab_size * 11 // 10
     while True:
         for _ in range(em_steps):
-            scores, counts = step(scores)
-        if len(pieces) <= max(1.1 * room, fixed):
+            _, counts = e_step(corpus, scores)
+            kept, scores = m_step(counts)
+            pieces, corpus, spelt = _restrict(kept, pieces, corpus, spelt)
+        if len(pieces) <= most:
             break
-        size = max(int(1.1 * room), int(keep * len(pieces)), fixed)
-        best = fixed + np.argsort(-losses(spelt, scores, counts)[fixed:], kind="stable")[: size - fixed]
-        pieces, scores, corpus, spelt = _restrict(np.sort(best), fixed, pieces, scores, corpus, spelt)
-    best = fixed + np.argsort(-scores[fixed:], kind="stable")[: room - fixed]
-    pieces, scores, corpus, _ = _restrict(np.sort(best), fixed, pieces, scores, corpus, spelt)
-    scores = np.maximum(step(scores)[0], math.log(RARE) - math.log(sum(words.values())))
-    order = np.argsort(-scores, kind="stable")
+        lost = losses(spelt, scores, viterbi_counts(corpus, scores))
+        kept = np.argsort(-lost, kind="stable")[: min(max(most, int(keep * len(pieces))), (lost > -np.inf).sum())]
+        scores = scores[kept]
+        pieces, corpus, spelt = _restrict(kept, pieces, corpus, spelt)
+    found = dict(zip(pieces[1:], scores[1:].tolist(), strict=True))
+    superfluous = [letter for letter in letters if letter not in found]
+    found |= {letter: min(found.values()) + 1e-4 * i for i, letter in enumerate(superfluous)}
+    rest = [piece for piece in found if len(piece) > 1]
+    chosen = sorted([*letters, *rest[: room - len(letters)]], key=lambda piece: -found[piece])
     return UnigramTokenizer(
-        tokens=(UNKNOWN, *(pieces[i] for i in order), *special),
-        scores=(0.0, *scores[order].round(12).tolist()),  # `tokenizers` reads longer numbers off by a bit
+        tokens=(UNKNOWN, *chosen, *special),
+        scores=(0.0, *(round(found[piece], 12) for piece in chosen)),  # `tokenizers` reads longer numbers off by a bit
         pre=pre,
         **roles(special, UNKNOWN),
     )
@@ -191,8 +189,8 @@ def train_unigram(
 class Lattice(NamedTuple):
     """Words of similar length W, up to L characters, and the pieces of up to M characters in them.
 
-    pieces: `[W, L + 1, M]`, the piece that ends before position t and has m + 1 characters, or -1. lengths, counts:
-    `[W]`. rows: `[W]`, which words they are.
+    pieces: `[W, L + 1, M]`, the piece that ends before position t and has m + 1 characters, or -1; of a character that
+    is no piece 0. lengths, counts: `[W]`. rows: `[W]`, which words they are.
     """
 
     pieces: np.ndarray
@@ -201,17 +199,29 @@ class Lattice(NamedTuple):
     rows: np.ndarray
 
 
-def seeds(words: Mapping[str, int], letters: Sequence[str], *, longest: int, size: int) -> tuple[list[str], np.ndarray]:
-    """Letters, and substrings of two or more characters that occur twice, with their count times length."""
-    counts: Counter[str] = Counter(dict.fromkeys(letters, 1))
+def seeds(words: Mapping[str, int], *, longest: int, size: int) -> tuple[list[str], np.ndarray]:
+    """The first pieces and their scores: the characters of words, and the parts that go on in different ways.
+
+    A part that the same character always follows is left to the longer part (what stays are the inner nodes of the
+    words' suffix tree; that a word ends is a way to go on). Scores are log shares: of a character its count, of a part
+    its length times the number of its places in distinct words; they fall. The first piece, "" without a score, stands
+    for unknown characters.
+    """
+    letters: Counter[str] = Counter()
+    parts: dict[str, tuple[int, str | None]] = {}
     for word, count in words.items():
+        for letter in word:
+            letters[letter] += count
         for start in range(len(word)):
-            for end in range(start + 1, min(start + longest, len(word)) + 1):
-                counts[word[start:end]] += count
-    parts = [part for part, count in counts.items() if len(part) > 1 and count > 1]
-    parts.sort(key=lambda part: (-counts[part] * len(part), part))
-    pieces = [*letters, *parts[: max(size - len(letters), 0)]]
-    return pieces, np.array([counts[piece] * len(piece) for piece in pieces], np.float64)
+            for end in range(start + 2, min(start + longest, len(word)) + 1):
+                part, follower = word[start:end], word[end : end + 1]
+                places, before = parts.get(part, (0, follower))
+                parts[part] = places + 1, follower if follower == before else None
+    characters = sorted(((count, letter) for letter, count in letters.items()), reverse=True)
+    branching = ((places * len(part), part) for part, (places, follower) in parts.items() if follower is None)
+    chosen = [*characters, *sorted(branching, reverse=True)[: max(size - len(characters), 0)]]
+    weights = np.array([weight for weight, _ in chosen], np.float64)
+    return ["", *(piece for _, piece in chosen)], np.append(np.nan, np.log(weights) - np.log(weights.sum()))
 
 
 def lattices(words: Mapping[str, int], pieces: Sequence[str]) -> list[Lattice]:
@@ -229,7 +239,7 @@ def lattices(words: Mapping[str, int], pieces: Sequence[str]) -> list[Lattice]:
             word = texts[row]
             for end in range(1, len(word) + 1):
                 for m in range(min(longest, end)):
-                    table[w, end, m] = ids.get(word[end - m - 1 : end], -1)
+                    table[w, end, m] = ids.get(word[end - m - 1 : end], -1 if m else 0)
         lengths = np.array([len(texts[row]) for row in rows])
         found.append(Lattice(table, lengths, np.array([words[texts[row]] for row in rows]), np.array(rows)))
     return found
@@ -240,7 +250,7 @@ def e_step(corpus: Sequence[Lattice], scores: np.ndarray) -> tuple[float, np.nda
 
     Args:
       corpus: of `lattices`.
-      scores: `[N]` log-probabilities of the pieces.
+      scores: `[N]` log-probabilities of the pieces; the first is not read: it is the least less `PENALTY`.
 
     Returns:
       `(log-likelihood, counts [N])`: sum over words of count log p(word), and how often each piece is expected.
@@ -265,45 +275,57 @@ def e_step(corpus: Sequence[Lattice], scores: np.ndarray) -> tuple[float, np.nda
     return likelihood, counts
 
 
-def m_step(counts: np.ndarray) -> np.ndarray:
-    """The log-probabilities that make expected counts most likely: log(count / sum); -inf where the count is 0."""
-    with np.errstate(divide="ignore"):
-        return np.log(counts / counts.sum())
+def m_step(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pieces expected half a time or more, and their scores digamma(count) - digamma(sum); what is unknown stays.
+
+    The variational Bayes step under a sparse Dirichlet prior (Liang and Klein 2007) in place of log(count / sum): it
+    drives rare pieces out.
+
+    Returns:
+      `(indices [K], scores [K])`.
+    """
+    kept = np.append(0, 1 + np.nonzero(counts[1:] >= 0.5)[0])
+    return kept, np.append(np.nan, digamma(counts[kept[1:]]) - digamma(counts[kept[1:]].sum()))
+
+
+def viterbi_counts(corpus: Sequence[Lattice], scores: np.ndarray) -> np.ndarray:
+    """`[N]`: how often each piece occurs when every word is cut in the best way."""
+    counts = np.zeros(len(scores))
+    for group in corpus:
+        best = _best_ways(group.pieces, group.lengths, scores)
+        counts += np.bincount(best.ravel() + 1, np.repeat(group.counts, best.shape[1]), len(scores) + 1)[1:]
+    return counts
 
 
 def losses(spelt: Sequence[Lattice], scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """What the corpus' log-likelihood would lose without each piece, about.
 
-    loss_i = n_i (log(n_i / N) - sum_j log((n_j + n_i) / (N + n_i (k - 1)))), j = 1..k the best segmentation of piece i
-    into others, to which its occurrences go; N the sum of all counts n. inf for single characters.
+    loss_i = n_i (log(n_i / S) - sum_j log((n_j + n_i) / (S + n_i (N - 1)))), j the best segmentation of piece i into
+    others, to which its occurrences go; S the sum of all counts n. With k others, k - 1 would stand where N - 1 does:
+    `tokenizers`, as SentencePiece once did, has the number of all pieces there, which favours frequent ones.
 
     Args:
-      spelt: lattices of the pieces themselves.
-      scores, counts: `[N]`.
+      spelt: lattices of the N pieces themselves.
+      scores, counts: `[N]`; counts of `viterbi_counts`.
+
+    Returns:
+      `[N]`: inf for single characters and what is unknown, -inf for others that do not occur.
     """
-    found = np.full(len(scores), np.inf)
+    found, total = np.zeros(len(scores)), counts.sum()
     for group in spelt:
         rows, n = np.arange(len(group.rows)), counts[group.rows]
         others = group.pieces.copy()
         others[rows, group.lengths, group.lengths - 1] = -1
-        table = _scores(others, scores)
-        best = _forward(table, np.maximum.reduce)
-        at, parts, gained = group.lengths.copy(), np.zeros(len(rows)), np.zeros(len(rows))
-        while (open_ := (at > 0) & np.isfinite(best[rows, group.lengths])).any():
-            r, m = rows[open_], np.arange(table.shape[2])
-            before = np.where(m < at[r, None], best[r[:, None], np.maximum(at[r, None] - m - 1, 0)], -np.inf)
-            length = np.argmax(before + table[r, at[r]], axis=1)
-            gained[r] += np.log(counts[others[r, at[r], length]] + n[r] + 1e-300)
-            parts[r] += 1
-            at[r] -= length + 1
-        total = counts.sum()
-        change = np.log(np.maximum(n, 1e-300) / total) - gained + parts * np.log(total + n * (parts - 1))
-        found[group.rows] = np.where(parts > 0, n * change, np.inf)
+        parts = _best_ways(others, group.lengths, scores)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            gained = np.log(counts[parts] + n[:, None]) - np.log(total + n * (len(scores) - 1))[:, None]
+            lost = n * (np.log(n) - np.log(total) - np.where(parts >= 0, gained, 0.0).sum(1))
+        found[group.rows] = np.where(group.lengths > 1, np.where(n > 0, lost, -np.inf), np.inf)
     return found
 
 
 def _scores(pieces: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    return np.append(scores, -np.inf)[pieces]
+    return np.concatenate([[scores[1:].min() - PENALTY], scores[1:], [-np.inf]])[pieces]
 
 
 def _forward(table: np.ndarray, reduce) -> np.ndarray:
@@ -316,16 +338,37 @@ def _forward(table: np.ndarray, reduce) -> np.ndarray:
     return sums
 
 
-def _restrict(best, fixed, pieces, scores, corpus, spelt):
-    """Keep the first `fixed` pieces and those in `best`."""
-    kept = np.concatenate([np.arange(fixed), best])
+def _best_ways(pieces: np.ndarray, lengths: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """`[W, L]`: the pieces of the best segmentation of each word from its end, then -1. Of equals the longest last."""
+    table = _scores(pieces, scores)
+    best, ways = _forward(table, np.maximum.reduce), np.full((len(lengths), table.shape[1] - 1), -1)
+    at, m = lengths.copy(), np.arange(table.shape[2])[::-1]
+    for i in range(ways.shape[1]):
+        (r,) = np.nonzero((at > 0) & np.isfinite(best[np.arange(len(at)), lengths]))
+        starts = at[r, None] - m - 1
+        before = np.where(starts >= 0, best[r[:, None], np.maximum(starts, 0)], -np.inf)
+        length = m[np.argmax(before + table[r[:, None], at[r, None], m], axis=1)]
+        ways[r, i] = pieces[r, at[r], length]
+        at[r] -= length + 1
+    return ways
+
+
+def _restrict(
+    kept: np.ndarray, pieces: Sequence[str], corpus: Sequence[Lattice], spelt: Sequence[Lattice]
+) -> tuple[list[str], list[Lattice], list[Lattice]]:
+    """Pieces in the order of `kept`, and lattices over them; a character that is gone is unknown."""
     new = np.full(len(pieces) + 1, -1, np.int32)
     new[kept] = np.arange(len(kept))
-    renamed = lambda group: group._replace(pieces=new[group.pieces])
+
+    def renamed(group):
+        table = new[group.pieces]
+        inside = np.arange(table.shape[1]) <= group.lengths[:, None]
+        inside[:, 0] = False
+        table[:, :, 0] = np.where(inside, np.maximum(table[:, :, 0], 0), -1)
+        return group._replace(pieces=table)
 
     def rows(group):
         chosen = new[group.rows] >= 0
         return Lattice(*(part[chosen] for part in group))._replace(rows=new[group.rows[chosen]])
 
-    spelt = [rows(renamed(group)) for group in spelt]
-    return [pieces[i] for i in kept], scores[kept], [renamed(group) for group in corpus], spelt
+    return [pieces[i] for i in kept], [renamed(group) for group in corpus], [renamed(rows(group)) for group in spelt]

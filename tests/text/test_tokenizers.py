@@ -288,45 +288,98 @@ def test_samples_have_the_probabilities_of_their_segmentations(theta):
     assert "".join(tokenizer.tokens[i] for i in tokenizer.sample("abcab", rng, theta=theta)) == "abcab"
 
 
-def test_e_step_is_the_sum_over_all_segmentations():
-    words = {"abab": 3, "ba": 2, "abcabcabca": 1, "b": 5}
-    pieces, weights = text.unigram.seeds(words, list("abc"), longest=3, size=30)
-    scores = np.log(weights / weights.sum())
-    likelihood, counts = text.unigram.e_step(text.unigram.lattices(words, pieces), scores)
-    expected, total = dict.fromkeys(pieces, 0.0), 0.0
+def library_unigram(corpus, size, pre="metaspace", **options):
+    library = Library(models.Unigram())
+    cut = {"metaspace": pre_tokenizers.Metaspace(prepend_scheme="never")}
+    library.pre_tokenizer = cut.get(pre, pre_tokenizers.ByteLevel(add_prefix_space=False))
+    alphabet = [] if pre == "metaspace" else pre_tokenizers.ByteLevel.alphabet()
+    special = ["<unk>", *text.tokenizer.SPECIAL]
+    options = {"special_tokens": special, "unk_token": "<unk>", "initial_alphabet": alphabet} | options
+    trainer = trainers.UnigramTrainer(vocab_size=size, show_progress=False, **options)
+    library.train_from_iterator([corpus], trainer)
+    return dict(json.loads(library.to_str())["model"]["vocab"])
+
+
+@pytest.mark.parametrize("pre", ["metaspace", "gpt-2"])
+@pytest.mark.parametrize(("corpus", "size"), [(SMALL, 400), (SMALL, 1200), (CORPUS, 3000)], ids=["400", "1200", "3000"])
+def test_unigram_learns_the_librarys_pieces(pre, corpus, size):
+    expected = library_unigram(corpus, size, pre)
+    ours = text.train_unigram(corpus, size, pre=pre)
+    assert set(ours.tokens) == set(expected) and len(ours.tokens) == size
+    scores = sorted(ours.scores + (0.0,) * 3)  # of characters without a piece, which is which is left to chance
+    np.testing.assert_allclose(scores, sorted(expected.values()), atol=1e-8)
+
+
+@given(st.lists(st.text("abcd", min_size=1, max_size=9), min_size=3, max_size=60), st.integers(10, 40))
+@settings(max_examples=100, deadline=None)
+def test_unigram_learns_the_librarys_pieces_of_any_words(words, size):
+    expected = library_unigram(" ".join(words), size)  # of 9, all characters, the library learns more than it is asked
+    assert set(text.train_unigram(" ".join(words), size, pre="metaspace").tokens) == set(expected)
+
+
+def test_unigram_has_the_librarys_settings():
+    expected = library_unigram(SMALL, 500, n_sub_iterations=3, shrinking_factor=0.6, max_piece_length=6)
+    ours = text.train_unigram(SMALL, 500, pre="metaspace", em_steps=3, keep=0.6, longest=6)
+    assert set(ours.tokens) == set(expected)
+    few = text.train_unigram(SMALL, 500, pre="metaspace", seed_size=600)
+    assert set(few.tokens) == set(library_unigram(SMALL, 500, seed_size=600)) != set(expected)
+
+
+def test_seeds_are_parts_that_go_on_in_different_ways():
+    pieces, scores = text.unigram.seeds({"abc": 3, "abd": 1, "eab": 2, "xbc": 1}, longest=3, size=100)
+    # Of "bc" a word always ends, and "ea" is always followed by b: neither branches; "ab" ends, or goes on with c or d.
+    assert pieces == ["", "b", "a", "c", "e", "x", "d", "ab"]
+    np.testing.assert_allclose(np.exp(scores[1:]) * 27, [7, 6, 4, 2, 1, 1, 6], atol=1e-9)
+
+
+def brute_force(words, pieces, scores):
+    """`(log-likelihood, expected counts, counts of the best ways)` over all segmentations."""
+    expected, best, total = np.zeros(len(pieces)), np.zeros(len(pieces)), 0.0
     for word, count in words.items():
-        ways = [way for way in oracle.segmentations(word, 3) if all(part in expected for part in way)]
+        ways = [way for way in oracle.segmentations(word, 3) if all(part in pieces for part in way)]
         joint = np.exp([sum(scores[pieces.index(part)] for part in way) for way in ways])
         total += count * np.log(joint.sum())
         for way, share in zip(ways, joint / joint.sum(), strict=True):
-            for part in way:
-                expected[part] += count * share
+            np.add.at(expected, [pieces.index(part) for part in way], count * share)
+        np.add.at(best, [pieces.index(part) for part in ways[int(joint.argmax())]], count)
+    return total, expected, best
+
+
+def test_e_step_is_the_sum_over_all_segmentations():
+    words = {"abab": 3, "ba": 2, "abcabcabca": 1, "b": 5}
+    pieces = ["", "a", "b", "c", "ab", "ca", "bca", "abc"]
+    scores = np.log([np.nan, 0.3, 0.2, 0.05, 0.15, 0.12, 0.1, 0.08])
+    corpus = text.unigram.lattices(words, pieces)
+    total, expected, best = brute_force(words, pieces, scores)
+    likelihood, counts = text.unigram.e_step(corpus, scores)
     np.testing.assert_allclose(likelihood, total)
-    np.testing.assert_allclose(counts, list(expected.values()))
+    np.testing.assert_allclose(counts, expected, atol=1e-12)
+    np.testing.assert_allclose(text.unigram.viterbi_counts(corpus, scores), best)
 
 
-def test_the_m_step_is_the_share_of_counts():
-    np.testing.assert_allclose(np.exp(text.unigram.m_step(np.array([1.0, 3.0, 0.0]))), [0.25, 0.75, 0.0])
+def test_a_character_that_is_no_piece_is_unknown_at_a_price():
+    corpus = text.unigram.lattices({"axa": 2}, ["", "a"])
+    likelihood, counts = text.unigram.e_step(corpus, np.log([np.nan, 0.5]))
+    np.testing.assert_allclose(likelihood, 2 * (3 * np.log(0.5) - 10))
+    np.testing.assert_allclose(counts, [2, 4])
 
 
-def test_em_never_lowers_the_likelihood():
-    words = text.pretokenize.count_words(SMALL, lambda t: split_words(t, "gpt-2"))
-    letters = sorted({c for word in words for c in word})
-    pieces, weights = text.unigram.seeds(words, letters, longest=8, size=1000)
-    corpus, scores, found = text.unigram.lattices(words, pieces), np.log(weights / weights.sum()), []
-    for _ in range(8):
-        likelihood, counts = text.unigram.e_step(corpus, scores)
-        scores = text.unigram.m_step(counts)
-        found.append(likelihood)
-    assert (np.diff(found) > -1e-6 * abs(found[0])).all() and found[-1] > 0.97 * found[0] and found[-1] > found[0]
+def test_the_m_step_is_that_of_variational_bayes():
+    kept, scores = text.unigram.m_step(np.array([9.0, 1.0, 3.0, 0.4, 0.5]))
+    harmonic = lambda n: sum(1 / i for i in range(1, n))  # digamma(n) - digamma(1)
+    assert kept.tolist() == [0, 1, 2, 4] and np.isnan(scores[0])
+    np.testing.assert_allclose(scores[2] - scores[1], harmonic(3))
+    np.testing.assert_allclose(scores[1] - scores[3], 2 * np.log(2))
 
 
 def test_the_loss_of_a_piece_is_what_its_parts_would_cost():
-    pieces, scores, counts = ["a", "b", "ab", "aba"], np.log([0.4, 0.3, 0.2, 0.1]), np.array([40.0, 30.0, 20.0, 10.0])
-    found = text.unigram.losses(text.unigram.lattices(dict.fromkeys(pieces, 1), pieces), scores, counts)
-    of_ab = 20 * (np.log(20 / 100) - np.log(60 / 120) - np.log(50 / 120))  # ab -> a b
-    of_aba = 10 * (np.log(10 / 100) - np.log(30 / 110) - np.log(50 / 110))  # aba -> ab a: 0.2 * 0.4 > 0.4 * 0.3 * 0.4
-    np.testing.assert_allclose(found, [np.inf, np.inf, of_ab, of_aba])
+    pieces, counts = ["", "a", "b", "ab", "aba", "ba"], np.array([0.0, 40, 30, 20, 10, 0])
+    scores = np.log([np.nan, 0.4, 0.3, 0.2, 0.1, 0.01])
+    spelt = text.unigram.lattices(dict.fromkeys(pieces, 1), pieces)
+    found = text.unigram.losses(spelt, scores, counts)
+    of_ab = 20 * (np.log(20 / 100) - np.log(60 / 200) - np.log(50 / 200))  # ab -> a b; 100 + 20 * 5
+    of_aba = 10 * (np.log(10 / 100) - np.log(30 / 150) - np.log(50 / 150))  # aba -> ab a: 0.2 * 0.4 > 0.4 * 0.3 * 0.4
+    np.testing.assert_allclose(found, [np.inf, np.inf, np.inf, of_ab, of_aba, -np.inf])
 
 
 def test_larger_vocabularies_need_fewer_tokens():
