@@ -371,4 +371,8 @@ def _restrict(
         chosen = new[group.rows] >= 0
         return Lattice(*(part[chosen] for part in group))._replace(rows=new[group.rows[chosen]])
 
-    return [pieces[i] for i in kept], [renamed(group) for group in corpus], [renamed(rows(group)) for group in spelt]
+    return (
+        [pieces[i] for i in kept.tolist()],
+        [renamed(group) for group in corpus],
+        [renamed(rows(group)) for group in spelt],
+    )
