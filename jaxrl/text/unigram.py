@@ -354,7 +354,7 @@ def _best_ways(pieces: np.ndarray, lengths: np.ndarray, scores: np.ndarray) -> n
 
 
 def _restrict(
-    kept: np.ndarray, pieces: Sequence[str], corpus: Sequence[Lattice], spelt: Sequence[Lattice]
+    kept: np.ndarray, pieces: list[str], corpus: Sequence[Lattice], spelt: Sequence[Lattice]
 ) -> tuple[list[str], list[Lattice], list[Lattice]]:
     """Pieces in the order of `kept`, and lattices over them; a character that is gone is unknown."""
     new = np.full(len(pieces) + 1, -1, np.int32)
@@ -371,8 +371,5 @@ def _restrict(
         chosen = new[group.rows] >= 0
         return Lattice(*(part[chosen] for part in group))._replace(rows=new[group.rows[chosen]])
 
-    return (
-        [pieces[i] for i in kept.tolist()],
-        [renamed(group) for group in corpus],
-        [renamed(rows(group)) for group in spelt],
-    )
+    remaining = [pieces[int(i)] for i in kept]
+    return remaining, [renamed(group) for group in corpus], [renamed(rows(group)) for group in spelt]
