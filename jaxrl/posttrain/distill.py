@@ -309,10 +309,13 @@ def make(
 
     def step(state, data: Data):
         batch, truncated = drawn(state, data)
-        value, watched, gradient = update.value_and_grad(
-            lambda params, part: loss(config, student, params, teacher, data.teacher, part),
+        value, watched, gradient = update.value_and_grad_of(
+            student,
+            lambda student, params, part: loss(config, student, params, teacher, data.teacher, part),
             state.params,
             batch,
+            key=state.key,
+            number=state.step,
             micro_batches=config.micro_batches,
         )
         state, trained = update.apply_gradients(state, gradient, value, optimizer, max_grad_norm=max_grad_norm)

@@ -20,7 +20,7 @@ from jaxrl.nets.language_model import LanguageModel
 from jaxrl.posttrain import draw, update
 from jaxrl.posttrain.rewards.host import host_rewards
 from jaxrl.posttrain.rewards.length import relative_length, soft_overlong
-from jaxrl.posttrain.rollout import Sampling, completion_log_probs, rollout
+from jaxrl.posttrain.rollout import Sampling, check_routers, completion_log_probs, rollout
 from jaxrl.posttrain.shared_prefix import group_log_probs
 from jaxrl.posttrain.slots import rollout_in_slots
 from jaxrl.types import Finish, Prompts, Rollout
@@ -189,11 +189,7 @@ def make(
             f"share_prompt {config.share_prompt} is of the trainer's own log_probs, slots {config.slots} of its own "
             "sampler; leave out what is replaced"
         )
-    if model.routers is not None and model.routers.drops:
-        raise ValueError(
-            "the model's experts have a capacity_factor: the sampler, which reads token by token, drops no choice, the "
-            "trainer does, and their log-probs differ; give experts.capacity_factor=None (the parameters are the same)"
-        )
+    check_routers(model)
     row = config.row
     reduction = reduce.by_name(row.reduction, length=config.sampling.max_tokens)
     updates = config.epochs * config.minibatches

@@ -7,6 +7,7 @@ state, metrics = kto.step(state, data)
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import flax.struct
@@ -152,7 +153,7 @@ def make(
         )
         return KTOData(labelled, examples, own, others)
 
-    def loss(params, part: KTOData, point):
+    def loss(point, model, params, part: KTOData):
         sums, lengths, entropy = responses(model, params, part.labelled.examples)
         values, diagnostics = family.kto(
             sums - part.reference,
@@ -177,8 +178,14 @@ def make(
             lambda part: sums_of(state.params, part), batch.mismatched, rows=config.batch // config.micro_batches
         )
         point = family.kto_reference_point(others - batch.mismatched_reference)
-        value, metrics, gradient = update.value_and_grad(
-            lambda params, part: loss(params, part, point), state.params, batch, micro_batches=config.micro_batches
+        value, metrics, gradient = update.value_and_grad_of(
+            model,
+            partial(loss, point),
+            state.params,
+            batch,
+            key=state.key,
+            number=state.step,
+            micro_batches=config.micro_batches,
         )
         state, trained = update.apply_gradients(state, gradient, value, optimizer, max_grad_norm=max_grad_norm)
         metrics |= {

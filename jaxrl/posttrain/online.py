@@ -21,7 +21,7 @@ from jaxrl.posttrain import update
 from jaxrl.posttrain.grpo import Problems, summary
 from jaxrl.posttrain.preference import check_batches, in_parts, pair_metrics
 from jaxrl.posttrain.rewards.host import host_rewards
-from jaxrl.posttrain.rollout import Sampling, completion_log_probs, rollout
+from jaxrl.posttrain.rollout import Sampling, check_routers, completion_log_probs, rollout
 from jaxrl.posttrain.task import text_of
 from jaxrl.types import Prompts, Rollout
 
@@ -122,12 +122,16 @@ def make(
       eos_id, pad_id, stop: see `rollout`.
       max_grad_norm: global norm above which the gradient is scaled down; 0 leaves it.
       constrain: puts a batch pytree onto the mesh (`parallel.shard_batch`); the identity on one device.
+
+    Raises:
+      ValueError: a model whose experts drop choices.
     """
+    check_routers(model)
     row = config.row
     referenced = row.score == "log_ratio"
     copies = referenced and config.reference_every != 1
 
-    def sums_of(params, completions: Rollout):
+    def sums_of(model, params, completions: Rollout):
         log_probs, entropy = completion_log_probs(model, params, completions, temperature=config.sampling.temperature)
         sums, lengths = family.sequence_log_probs(log_probs, completions.mask)
         return sums, lengths, entropy
@@ -151,10 +155,10 @@ def make(
         )
         return constrain(completions), rows
 
-    def loss(params, part):
+    def loss(model, params, part):
         """Mean over the decided pairs; `part["pairs"]` has leaves `[N, 2, ...]`, best and worst."""
         both = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), part["pairs"])
-        sums, lengths, entropy = sums_of(params, both)
+        sums, lengths, entropy = sums_of(model, params, both)
         (chosen, rejected), (chosen_lengths, rejected_lengths) = sums.reshape(-1, 2).T, lengths.reshape(-1, 2).T
         reference = part["reference"]
         values, diagnostics = family.loss(
@@ -180,16 +184,22 @@ def make(
             frozen = state.reference if copies else state.params
             flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), pairs)
             size = 2 * config.prompts // config.micro_batches
-            batch["reference"] = in_parts(lambda part: sums_of(frozen, part)[0], flat, rows=size).reshape(-1, 2)
+            batch["reference"] = in_parts(lambda part: sums_of(model, frozen, part)[0], flat, rows=size).reshape(-1, 2)
 
-        def one(state, _):
-            value, watched, gradient = update.value_and_grad(
-                loss, state.params, batch, micro_batches=config.micro_batches
+        def one(state, epoch):
+            value, watched, gradient = update.value_and_grad_of(
+                model,
+                loss,
+                state.params,
+                batch,
+                key=state.key,
+                number=state.step * config.epochs + epoch,
+                micro_batches=config.micro_batches,
             )
             state, trained = update.apply_gradients(state, gradient, value, optimizer, max_grad_norm=max_grad_norm)
             return state, {**watched, **trained}
 
-        state, stacked = jax.lax.scan(one, state, length=config.epochs)
+        state, stacked = jax.lax.scan(one, state, jnp.arange(config.epochs))
         metrics = {name: values[-1] for name, values in stacked.items()}
         metrics |= summary(completions, scores) | {"judge/decided": decided.mean()}
         changes: dict[str, Any] = {"step": state.step + 1}

@@ -11,6 +11,7 @@ Python reward runs between two (`hosted`), and a learned reward is a reward in J
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -27,7 +28,7 @@ from jaxrl.posttrain.ppo_advantages import explained_variance, judge
 from jaxrl.posttrain.ppo_config import PPO_MAX as PPO_MAX
 from jaxrl.posttrain.ppo_config import PPOConfig as PPOConfig
 from jaxrl.posttrain.rewards.host import host_rewards
-from jaxrl.posttrain.rollout import completion_log_probs, rollout
+from jaxrl.posttrain.rollout import check_routers, completion_log_probs, rollout
 from jaxrl.posttrain.scalars import token_scalars
 from jaxrl.types import Finish, Prompts, Rollout, TokenBatch
 
@@ -101,19 +102,18 @@ def make(
       constrain: puts a batch pytree onto the mesh (`parallel.shard_batch`); the identity on one device.
 
     Raises:
-      ValueError: a critic's model for a shared critic.
+      ValueError: a critic's model for a shared critic; a model whose experts drop choices.
     """
+    check_routers(model)
     shared = config.critic == "shared"
     if shared and critic_model is not None:
         raise ValueError("critic_model was given for a shared critic, which is a head on the policy; leave it out")
     critic_optimizer = critic_optimizer or optimizer
     of_critic = critic_model or model
     updates = config.epochs * config.minibatches
-    log_probs_of = lambda params, completions: completion_log_probs(
-        model, params, completions, temperature=config.sampling.temperature
-    )
+    log_probs_of = partial(completion_log_probs, temperature=config.sampling.temperature)
 
-    def values_of(params, critic, completions: Rollout):
+    def values_of(model, params, critic, completions: Rollout):
         """V of the state before each token, `[B, C]`."""
         if shared:
             return token_scalars(model, {"model": params, **critic}, completions)[:, :-1]
@@ -156,10 +156,10 @@ def make(
         )
         return constrain(completions), rows
 
-    def loss(trained, part, coefficient):
+    def loss(coefficient, model, trained, part):
         """Per token: clipped surrogate - entropy + KL (where it is in the loss) + value loss."""
-        log_probs, entropy = log_probs_of(trained[0], part["rollout"])
-        values = values_of(trained[0], trained[1], part["rollout"])
+        log_probs, entropy = log_probs_of(model, trained[0], part["rollout"])
+        values = values_of(model, trained[0], trained[1], part["rollout"])
         surrogate, seen = policy.ppo_clip(
             log_probs,
             part["old"],
@@ -190,21 +190,16 @@ def make(
         watched = {name: reduce.tokens(jax.lax.stop_gradient(value), mask) for name, value in watched.items()}
         return reduce.tokens(total, mask), watched
 
-    def one(state, part, extra, coefficient):
+    def one(state, part, extra, coefficient, number):
         """One update of the policy and of the critic; both or neither."""
-        value, watched, (to_policy, to_critic) = update.value_and_grad(
-            lambda trained, part: loss(trained, part, coefficient),
-            (state.params, state.critic.params),
-            part,
-            micro_batches=config.micro_batches,
+        gradient_of = partial(
+            update.value_and_grad_of, model, key=state.key, number=number, micro_batches=config.micro_batches
+        )
+        value, watched, (to_policy, to_critic) = gradient_of(
+            partial(loss, coefficient), (state.params, state.critic.params), part
         )
         if extra is not None:
-            ptx, _, gradient = update.value_and_grad(
-                lambda params, part: sft.loss(model, params, part),
-                state.params,
-                extra,
-                micro_batches=config.micro_batches,
-            )
+            ptx, _, gradient = gradient_of(sft.loss, state.params, extra)
             value, watched["ptx/loss"] = value + config.ptx_coef * ptx, ptx
             to_policy = jax.tree.map(lambda a, b: a + (config.ptx_coef * b).astype(a.dtype), to_policy, gradient)
         finite = jnp.isfinite(optax.tree.norm((to_policy, to_critic)))
@@ -226,10 +221,10 @@ def make(
         """What the updates learn from, what became of the scores, the KL of a completion, and metrics."""
         given = ~jnp.isnan(scores)
         mask = completions.mask * given[:, None]
-        old, entropy = log_probs_of(state.params, completions)
-        reference = log_probs_of(state.reference, completions)[0] if config.reference else jnp.zeros_like(old)
+        old, entropy = log_probs_of(model, state.params, completions)
+        reference = log_probs_of(model, state.reference, completions)[0] if config.reference else jnp.zeros_like(old)
         estimate = kl.ESTIMATORS[config.kl](old, reference) if config.reference else jnp.zeros_like(old)
-        values = values_of(state.params, state.critic.params, completions)
+        values = values_of(model, state.params, state.critic.params, completions)
         judged = judge(
             config,
             state.scores,
@@ -290,15 +285,15 @@ def make(
             metrics["policy/kl_coef"] = state.kl_coef
         orders = _shuffles(_step_key(state, 1), config, rows=rows)
 
-        def step(state, number):
-            part, extra = jax.tree.map(lambda x: x[orders[number]], batch), None
+        def step(state, place):
+            part, extra = jax.tree.map(lambda x: x[orders[place]], batch), None
+            number = state.step * updates + place
             if pretraining is not None:
                 key = jax.random.fold_in(state.key, (1 << 30) + 1)
-                taken = update.epoch_batch(
-                    key, state.step * updates + number, batch=config.ptx_batch, examples=pretraining.tokens.shape[0]
-                )
+                examples = pretraining.tokens.shape[0]
+                taken = update.epoch_batch(key, number, batch=config.ptx_batch, examples=examples)
                 extra = constrain(jax.tree.map(lambda x: x[taken], pretraining))
-            return one(state, part, extra, coefficient)
+            return one(state, part, extra, coefficient, number)
 
         state, stacked = jax.lax.scan(step, state, jnp.arange(updates))
         metrics |= {name: x[-1] if name == "train/skipped" else x.mean() for name, x in stacked.items()}

@@ -7,6 +7,7 @@ step is right.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,10 +166,13 @@ def make(
         examples = jax.tree.leaves(data)[0].shape[0]
         rows = update.epoch_batch(state.key, state.step, batch=config.batch, examples=examples)
         batch = constrain(jax.tree.map(lambda x: x[rows], data))
-        value, metrics, gradient = update.value_and_grad(
-            lambda params, part: loss(config, model, params, part),
+        value, metrics, gradient = update.value_and_grad_of(
+            model,
+            partial(loss, config),
             state.params,
             batch,
+            key=state.key,
+            number=state.step,
             micro_batches=config.micro_batches,
         )
         state, trained = update.apply_gradients(state, gradient, value, optimizer, max_grad_norm=max_grad_norm)

@@ -318,6 +318,15 @@ def rollout(
     return as_rollout(prompts, jax.lax.while_loop(unfinished, decode, carry), samples)
 
 
+def check_routers(model: LanguageModel) -> None:
+    """Raises ValueError where experts have a capacity: the trainer's pass over a completion is not the sampler's."""
+    if model.routers is not None and model.routers.drops:
+        raise ValueError(
+            "the model's experts have a capacity_factor: the sampler, which reads token by token, drops no choice, the "
+            "trainer does, and their log-probs differ; give experts.capacity_factor=None (the parameters are the same)"
+        )
+
+
 def completion_log_probs(
     model: LanguageModel, params, rollout: Rollout, *, temperature: float = 1.0, chunk: int | None = None
 ) -> tuple[jax.Array, jax.Array]:

@@ -21,10 +21,10 @@ from jaxrl.nets.moe import GATINGS, MoE, MoEConfig, experts
 from jaxrl.nets.multi_token import over_rows
 from jaxrl.nets.transformer import TransformerConfig, router_statistics, tallies
 from jaxrl.nets.weights.configs import to_hugging_face
-from jaxrl.posttrain import grpo, preference, sft, update
+from jaxrl.posttrain import distill, grpo, kto, online, ppo, preference, reward_model, sft, update
 from jaxrl.posttrain.rollout import Sampling
 from jaxrl.posttrain.score import layout_of, log_probs_of
-from jaxrl.types import Pairs, Prompts, TokenBatch
+from jaxrl.types import Labelled, Pairs, Prompts, TokenBatch
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile
 jit = functools.partial(jax.jit, compiler_options=QUICK)
@@ -271,6 +271,33 @@ def test_loops_give_keys_to_gradients_alone():
     (_, metrics), had = passes(recipe.learn, state, completions, jnp.zeros(4))
     assert had == {True, False} and "router/entropy" in metrics  # the reference has none
 
+    config = online.OnlineConfig(prompts=2, group=2, sampling=Sampling(max_tokens=4))
+    recipe = online.make(config, model, optimizer, eos_id=1, pad_id=0)
+    (_, metrics), had = passes(recipe.learn, recipe.init(key, params), completions, jnp.zeros(4))
+    assert had == {True, False} and "router/entropy" in metrics
+
+    recipe = kto.make(kto.KTOConfig(batch=2), model, optimizer)
+    data, had = passes(recipe.reference, params, Labelled(ROWS, jnp.array([True, False])), ROWS)
+    assert had == {False}
+    (_, metrics), had = passes(recipe.step, recipe.init(key, params), data)
+    assert had == {True, False} and "router/entropy" in metrics  # the reference point has none
+
+    recipe = reward_model.make(reward_model.RMConfig(batch=2), model, optimizer)
+    (_, metrics), had = passes(recipe.step, recipe.init(key, params), Pairs(ROWS, ROWS))
+    assert had == {True} and "router/entropy" in metrics
+
+    config = distill.DistillConfig(prompts=2, group=1, sampling=Sampling(max_tokens=4), on_policy=0)
+    recipe = distill.make(config, model, network(None, layers=1)[1], optimizer, eos_id=1, pad_id=0)
+    data = distill.Data(problems.prompts, network(None, layers=1)[2], ROWS)
+    (_, metrics), had = passes(recipe.step, recipe.init(key, params), data)
+    assert had == {True} and "router/entropy" in metrics
+
+    for critic in ("shared", "separate"):
+        config = ppo.PPOConfig(prompts=2, group=2, critic=critic, ptx_coef=0.1, ptx_batch=2, sampling=Sampling(4))
+        recipe = ppo.make(config, model, optimizer, eos_id=1, pad_id=0)
+        (_, metrics), had = passes(recipe.learn, recipe.init(key, params), completions, jnp.zeros(4), ROWS)
+        assert had == {True, False} and "router/entropy" in metrics  # neither the reference nor old values have one
+
 
 def test_adapters_pass_keys_on():
     _, model, params = network(NOISY, layers=1)
@@ -398,11 +425,17 @@ def test_padding_on_the_left_changes_nothing_under_a_capacity():
     assert np.all(dropped > 0.2)
 
 
-def test_reinforcement_learning_refuses_to_drop():
+@pytest.mark.parametrize(
+    ("loop", "config"),
+    [
+        (grpo, grpo.GRPOConfig(prompts=2, group=2)),
+        (online, online.OnlineConfig(prompts=2, group=2)),
+        (ppo, ppo.PPOConfig(prompts=2, group=2)),
+    ],
+)
+def test_reinforcement_learning_refuses_to_drop(loop, config):
     """Unless an expert has room for all tokens, which is no capacity."""
-    make = functools.partial(
-        grpo.make, grpo.GRPOConfig(prompts=2, group=2), optimizer=optax.sgd(0.1), eos_id=1, pad_id=0
-    )
+    make = functools.partial(loop.make, config, optimizer=optax.sgd(0.1), eos_id=1, pad_id=0)
     with pytest.raises(ValueError, match="capacity_factor: the sampler"):
         make(network(TIGHT)[1])
     make(language_model(TransformerConfig(**DECODER, experts=replace(TIGHT, capacity_factor=2.0))))
