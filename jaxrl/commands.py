@@ -40,6 +40,10 @@ class Generate:
     max_tokens: int = 0
     """New tokens at most; 0 takes the width the model was trained for."""
     seed: int = 0
+    drafter: str = ""
+    """A smaller model with the same tokens, run or published, that drafts; the completions are the model's own."""
+    drafts: int = 4
+    """Tokens it drafts for each pass of the model."""
     unmasking: Unmasking = dataclasses.field(default_factory=Unmasking)
 
 
@@ -57,6 +61,10 @@ class Chat:
     """Keep the smallest set of tokens with this much probability."""
     max_tokens: int = 0
     """New tokens at most; 0 takes the width the model was trained for, 256 for a published one."""
+    drafter: str = ""
+    """A smaller model with the same tokens, run or published, that drafts; the answers are the model's own."""
+    drafts: int = 4
+    """Tokens it drafts for each pass of the model."""
     unmasking: Unmasking = dataclasses.field(default_factory=Unmasking)
 
 
@@ -302,12 +310,20 @@ def generate(argv: Sequence[str]) -> None:
 
     options = config.parse(Generate, argv, prog="jaxrl generate")
     place = _place("generate", options.run, options.model)
-    speaker = talk.open_run(place, samples=options.samples, unmasking=options.unmasking, sampling=Sampling(
-        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p,
+    sampling = Sampling(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
         max_tokens=options.max_tokens or talk.TRAINED,
-    ))  # fmt: skip
-    for completion in speaker.complete(options.prompt, seed=options.seed):
+    )
+    drafting = {"drafter": options.drafter, "drafts": options.drafts}
+    speaker = talk.open_run(place, sampling=sampling, samples=options.samples, unmasking=options.unmasking, **drafting)
+    completions = speaker.complete(options.prompt, seed=options.seed)
+    for completion in completions:
         print(f"{options.prompt}{completion.text}" + ("" if completion.finish == "eos" else f"  [{completion.finish}]"))
+    if (drafts := completions[0].drafts) is not None:
+        print(f"[{drafts.kept} of {drafts.drafted} drafts kept, {drafts.passes} passes after the prompt]")
 
 
 def chat(argv: Sequence[str]) -> None:
@@ -320,7 +336,8 @@ def chat(argv: Sequence[str]) -> None:
         temperature=options.temperature, top_p=options.top_p, max_tokens=options.max_tokens or talk.TRAINED
     )
     place = _place("chat", options.run, options.model)
-    talk.chat(talk.open_run(place, sampling=sampling, unmasking=options.unmasking))
+    drafting = {"drafter": options.drafter, "drafts": options.drafts}
+    talk.chat(talk.open_run(place, sampling=sampling, unmasking=options.unmasking, **drafting))
 
 
 def _place(command: str, run: str, model: str) -> str:

@@ -366,6 +366,29 @@ def test_an_answer_stops_at_any_end_of_turn_and_prompts_may_be_padded(folder):
     assert (answer.text, answer.finish) == ("", "stop")
 
 
+def test_a_drafter_changes_the_passes_and_not_the_text(model, folder, tmp_path, capsys):
+    sampling, small = Sampling(temperature=0.0, max_tokens=8), str(folder / "small")
+    params = jax.jit(model.language_model.init)(jax.random.key(1))
+    save_pretrained(model._replace(params=params), small)
+    for prompt in ("he", "a much longer prompt", [{"role": "user", "content": "he"}]):
+        plain = talk.open_run(str(folder), sampling=sampling).complete(prompt)[0]
+        for drafter, drafts in ((small, 3), (str(folder), 2)):
+            answer = talk.open_run(str(folder), sampling=sampling, drafter=drafter, drafts=drafts).complete(prompt)[0]
+            assert answer[:2] == plain[:2] and answer.drafts is not None and plain.drafts is None
+            np.testing.assert_allclose(answer.log_prob, plain.log_prob, rtol=1e-4)
+    assert answer.drafts.kept == answer.drafts.drafted  # its own
+    whole = model.transformer.max_length - 8
+    status, out, _ = call(capsys, "generate", folder, "--prompt", "a" * whole, "--max-tokens", "8", "--drafter", small)
+    assert status == 0 and " drafts kept, " in out
+    words(tmp_path, eos_token="<|endoftext|>")
+    other = model._replace(tokenizer=open_tokenizer(str(tmp_path)))
+    with pytest.raises(ValueError, match="the drafter's tokenizer .* is not the model's"):
+        talk.drafting(other, model, sampling)
+    with pytest.raises(ValueError, match="fill in masks neither draft nor take drafts"):
+        talk.drafting(model._replace(mask_id=3), model, sampling)
+    assert call(capsys, "generate", folder, "--prompt", "he", "--drafter", tmp_path / "no")[0] == 2
+
+
 def test_chat_generate_and_export_take_published_models(folder, tmp_path, capsys, monkeypatch):
     lines = iter(["hi"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines, None) or (_ for _ in ()).throw(EOFError))

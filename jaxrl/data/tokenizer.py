@@ -39,6 +39,12 @@ class Tokenizer(Protocol):
     def to_json(self) -> dict[str, Any]: ...
 
 
+def same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether the ids of two tokenisers mean the same."""
+    content = lambda it: {name: value for name, value in it.to_json().items() if name != "file"} | {"": it.vocab_size}
+    return content(one) == content(other)
+
+
 @dataclass(frozen=True)
 class ByteTokenizer:
     """One token per UTF-8 byte (ids 0 to 255), then BOS, EOS, padding (256, 257, 258). Knows every text."""

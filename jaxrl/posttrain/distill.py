@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl.data.tokenizer import Tokenizer
+from jaxrl.data.tokenizer import Tokenizer, same_tokens
 from jaxrl.losses import kl, policy, reduce
 from jaxrl.nets.language_model import LanguageModel, logits
 from jaxrl.posttrain import update
@@ -329,8 +329,7 @@ def make(
 
 def check_tokenizers(student: Tokenizer, teacher: Tokenizer) -> None:
     """Raises ValueError unless the ids of both mean the same."""
-    content = lambda one: {k: v for k, v in one.to_json().items() if k != "file"} | {"": one.vocab_size}
-    if content(student) != content(teacher):
+    if not same_tokens(student, teacher):
         kinds = [f"{one.to_json()['kind']} of {one.vocab_size} tokens" for one in (student, teacher)]
         raise ValueError(
             f"the student's tokenizer ({kinds[0]}) is not the teacher's ({kinds[1]}), so their ids mean different "

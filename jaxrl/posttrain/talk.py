@@ -13,10 +13,14 @@ import numpy as np
 from jaxrl import runs
 from jaxrl.data import chatml, encode_prompts
 from jaxrl.data.chat import Message
-from jaxrl.data.tokenizer import check_ids
+from jaxrl.data.tokenizer import check_ids, same_tokens
+from jaxrl.nets.language_model import LanguageModel, language_model
+from jaxrl.nets.moe import experts
+from jaxrl.nets.multi_token import over_rows
 from jaxrl.posttrain import task
 from jaxrl.posttrain.filling import filling_of
 from jaxrl.posttrain.rollout import Sampling
+from jaxrl.posttrain.speculative import Drafts, small_drafter, speculative_rollout
 from jaxrl.posttrain.unmasking import Unmasking
 from jaxrl.types import Finish, Prompts
 
@@ -25,11 +29,15 @@ TRAINED = 1 << 30
 
 
 class Completion(NamedTuple):
-    """Decoded text, why it ended (`eos`, `length`, `stop`) and its log-prob under the model."""
+    """Decoded text, why it ended (`eos`, `length`, `stop`) and its log-prob under the model.
+
+    drafts: how drafting went for all samples of the prompt together; None without a drafter.
+    """
 
     text: str
     finish: str
     log_prob: float
+    drafts: Drafts | None = None
 
 
 class Speaker(NamedTuple):
@@ -55,19 +63,73 @@ def generator(
     return task.make_generate(model.language_model, model.tokenizer, sampling, samples=samples, filling=filling)
 
 
-def open_run(folder: str, *, sampling: Sampling, samples: int = 1, unmasking: Unmasking | None = None) -> Speaker:
-    """Opens a model, by what `runs.load_model` takes, for prompts of any length its context holds.
+def drafting(
+    model: runs.Model, drafter: runs.Model, sampling: Sampling, *, samples: int = 1, drafts: int = 4
+) -> tuple[Callable, int]:
+    """Completions that a smaller model drafts and the model checks; see `speculative_rollout`.
 
-    Prompts are padded to powers of two, so that few widths are compiled.
+    Returns:
+      A compiled `(params, prompts, key) -> (Rollout, Drafts)`, and the most tokens of a prompt and its completion.
 
     Raises:
-      ValueError: no model there; later, from `complete`, a prompt that the tokenizer or context cannot hold.
+      ValueError: models of different tokens, or that fill in masks.
+    """
+    if not same_tokens(model.tokenizer, drafter.tokenizer):
+        kinds = [f"{one.to_json()['kind']} of {one.vocab_size} tokens" for one in (drafter.tokenizer, model.tokenizer)]
+        raise ValueError(
+            f"the drafter's tokenizer ({kinds[0]}) is not the model's ({kinds[1]}), so the ids of its drafts mean "
+            "something else; expected a drafter with the model's tokenizer, such as a smaller run that began with it"
+        )
+    if (model.mask_id, drafter.mask_id) != (None, None):
+        raise ValueError("networks that fill in masks neither draft nor take drafts; leave out the drafter")
+    (large, longest), (small, longest_draft) = (_with_room(one, drafts) for one in (model, drafter))
+    ids = {"eos_id": model.tokenizer.eos_id, "pad_id": model.tokenizer.pad_id, "stop": task.stops(model.tokenizer)}
+    how = {"drafter": small_drafter(small), "drafts": drafts, "sampling": sampling, "samples": samples}
+
+    @jax.jit
+    def generate(params, draft_params, prompts: Prompts, key):
+        return speculative_rollout(large, params, prompts, key, draft_params=draft_params, **how, **ids)
+
+    return lambda params, *given: generate(params, drafter.params, *given), min(longest, longest_draft)
+
+
+def _with_room(model: runs.Model, drafts: int) -> tuple[LanguageModel, int]:
+    """A model's functions for `speculative_rollout`, and the longest text: rejected drafts stand behind it."""
+    transformer = model.transformer
+    if transformer.positions == "learned" or "adapter" in model.params:
+        return model.language_model, transformer.max_length - drafts
+    wider = dataclasses.replace(transformer, max_length=transformer.max_length + drafts)
+    return language_model(wider, experts=over_rows(experts)), transformer.max_length
+
+
+def open_run(
+    folder: str,
+    *,
+    sampling: Sampling,
+    samples: int = 1,
+    unmasking: Unmasking | None = None,
+    drafter: str = "",
+    drafts: int = 4,
+) -> Speaker:
+    """Opens a model, by what `runs.load_model` takes, for prompts of any length its context holds.
+
+    Prompts are padded to powers of two, so that few widths are compiled. With a `drafter`, a smaller model, as many
+    `drafts` are made for each pass of the model; see `speculative_rollout`.
+
+    Raises:
+      ValueError: no model there, a drafter that does not fit; later, from `complete`, a prompt that the tokenizer or
+        context cannot hold.
     """
     model = runs.load_model(folder)
-    tokenizer = model.tokenizer
+    tokenizer, longest = model.tokenizer, model.transformer.max_length
     sampling = fitted(sampling, model)
-    generate = generator(model, sampling, samples=samples, unmasking=unmasking)
-    room = model.transformer.max_length - sampling.max_tokens
+    if drafter:
+        small = runs.load_model(drafter)
+        generate, longest = drafting(model, small, sampling, samples=samples, drafts=drafts)
+    else:
+        plain = generator(model, sampling, samples=samples, unmasking=unmasking)
+        generate = lambda *given: (plain(*given), None)
+    room = longest - sampling.max_tokens
     encode = partial(
         encode_prompts,
         tokenizer=tokenizer,
@@ -81,16 +143,16 @@ def open_run(folder: str, *, sampling: Sampling, samples: int = 1, unmasking: Un
         if width > room:
             raise ValueError(
                 f"the prompt has {width} tokens and {sampling.max_tokens} new ones are asked for; the context of "
-                f"{model.transformer.max_length} leaves room for {max(room, 0)}. Shorten it or lower --max-tokens"
+                f"{longest} leaves room for {max(room, 0)}. Shorten it or lower --max-tokens"
             )
         check_ids(tokens[0].tolist(), model.transformer.vocab_size)
         padding = min(1 << (width - 1).bit_length(), room) - width
         padded = np.pad(tokens, ((0, 0), (padding, 0)), constant_values=tokenizer.pad_id)
         prompts = Prompts(jnp.asarray(padded), jnp.asarray(lengths))
-        result = jax.device_get(generate(model.params, prompts, jax.random.key(seed)))
+        result, counted = jax.device_get(generate(model.params, prompts, jax.random.key(seed)))
         finish = [Finish(reason).name.lower() for reason in result.finish]
         rows = zip(task.text_of(result, tokenizer), finish, result.log_probs.sum(axis=1), strict=True)
-        return [Completion(text, reason, float(log_prob)) for text, reason, log_prob in rows]
+        return [Completion(text, reason, float(log_prob), counted) for text, reason, log_prob in rows]
 
     return Speaker(model, complete)
 

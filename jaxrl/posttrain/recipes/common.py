@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxrl import parallel, runs
+from jaxrl.data.tokenizer import same_tokens
 from jaxrl.nets import presets
 from jaxrl.nets.adapters import RULES, Adapter
 from jaxrl.nets.language_model import LanguageModel, language_model
@@ -243,8 +244,7 @@ def prepare(
         changes = {name: value for name, value in given.items() if value != getattr(ModelConfig, name)}
         length = max(longest, start.transformer.max_length)
         transformer = dataclasses.replace(start.transformer, max_length=length, **changes)
-        content = lambda tokenizer: {k: v for k, v in tokenizer.to_json().items() if k != "file"}
-        if run.tokenizer and content(work.tokenizer) != content(start.tokenizer):
+        if run.tokenizer and not same_tokens(work.tokenizer, start.tokenizer):
             raise ValueError(
                 f"--tokenizer {run.tokenizer} is not that of the model of {run.init}, whose ids mean something else; "
                 "leave it out to use the model's own"
