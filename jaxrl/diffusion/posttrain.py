@@ -50,13 +50,15 @@ def completion_log_probs(
     key: jax.Array,
     mask_id: int,
     prompt_masked: float = 0.15,
+    block: int | None = None,
     temperature: float = 1.0,
     chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """diffu-GRPO's log-probs: each completion token from the prompt alone, in one pass (d1, arXiv 2504.12216).
 
     The whole completion is masked, and each prompt token with a small probability. (Zhao et al. 2025, section 3.1.) The
-    estimate treats the tokens of a completion as independent.
+    estimate treats the tokens of a completion as independent. With blocks, where one pass reads the clean row too, that
+    is so within a block alone: each sees the clean ones before it, and blocks of one token give the exact log-probs.
 
     Args:
       model, params, temperature, chunk: as in `posttrain.rollout.completion_log_probs`, whose place this takes.
@@ -65,19 +67,25 @@ def completion_log_probs(
         `grpo.make` takes one key for a run, the updates on one batch share their masks, where the paper draws anew.
       mask_id: the mask token.
       prompt_masked: that probability.
+      block: of block diffusion, where it concerns only what shares a block with the completion; or None.
 
     Returns:
       `(log_probs [B, C], entropy [B, C])` float32; apply `completions.mask`.
     """
-    width, tokens = completions.prompt_width, completions.tokens
-    columns = jnp.arange(tokens.shape[1])[None]
-    own = columns >= (width - completions.prompt_lengths)[:, None]
+    up = lambda number: -(-number // (block or 1)) * (block or 1)
+    lengths, width = completions.prompt_lengths[:, None], completions.tokens.shape[1]
+    columns, padding = jnp.arange(up(width))[None], completions.prompt_width - lengths
+    # as they are sampled: blocks begin with the prompt and are whole
+    tokens = jnp.take_along_axis(completions.tokens, jnp.minimum(columns + padding, width - 1), axis=1)
+    own = columns < up(width - padding)
     of_row = lambda row: jax.random.uniform(jax.random.fold_in(key, _checksum(row)), row.shape)
-    masked = (columns >= width) | (own & (jax.vmap(of_row)(tokens) < prompt_masked))
+    masked = own & ((columns >= lengths) | (jax.vmap(of_row)(tokens) < prompt_masked))
     batch = TokenBatch(tokens, own.astype(jnp.float32), own.astype(jnp.int32))
     part = masked_by(batch, masked, jnp.ones(tokens.shape), mask_id=mask_id)
-    found = log_probs_of(model, params, part, mask_id=mask_id, temperature=temperature, chunk=chunk)
-    return found[0][:, width:], found[1][:, width:]
+    found = log_probs_of(model, params, part, mask_id=mask_id, block=block, temperature=temperature, chunk=chunk)
+    places = lengths + jnp.arange(width - completions.prompt_width)[None]
+    log_probs, entropy = (jnp.take_along_axis(x, places, axis=1) for x in found)
+    return log_probs, entropy
 
 
 def _checksum(row: jax.Array) -> jax.Array:

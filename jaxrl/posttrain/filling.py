@@ -83,19 +83,9 @@ class Filling(NamedTuple):
         return dataclasses.replace(config, reference_every=config.reference_every or KEPT), {"responses": score}
 
     def grpo(self, options: DiffusionOptions, key: jax.Array) -> dict[str, Any]:
-        """Options of `grpo.make` (diffu-GRPO).
-
-        Raises:
-          ValueError: block diffusion, of which there is no estimate in one pass.
-        """
-        if self.block is not None:
-            raise ValueError(
-                f"the network has blocks of {self.block}, and diffu-GRPO's log-probs are of completions that are "
-                "masked whole; expected one without blocks"
-            )
-        estimate = partial(
-            diffusion.completion_log_probs, mask_id=self.mask_id, key=key, prompt_masked=options.prompt_masked
-        )
+        """Options of `grpo.make` (diffu-GRPO)."""
+        known: dict[str, Any] = {"mask_id": self.mask_id, "block": self.block, "prompt_masked": options.prompt_masked}
+        estimate = partial(diffusion.completion_log_probs, key=key, **known)
         return {"sampler": self.sampler(), "log_probs": estimate}
 
 

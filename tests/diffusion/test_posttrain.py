@@ -6,11 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from jaxrl import diffusion
+from jaxrl.kernels.attention import Causal, Chunked
+from jaxrl.nets.language_model import logits
 from jaxrl.posttrain import grpo, preference, sft
 from jaxrl.posttrain.preference import interleave
 from jaxrl.posttrain.rollout import Sampling
+from jaxrl.posttrain.unmasking import Unmasking
 from jaxrl.types import Pairs, Prompts, TokenBatch
 from tests.diffusion.stubs import tiny
 
@@ -127,3 +131,26 @@ def test_one_pass_log_probs_of_completions():
         tiny, PARAMS, second, key=jax.random.key(0), mask_id=MASK, prompt_masked=0.5
     )[0]
     np.testing.assert_allclose(alone[0], half[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [1, 2, 3])
+def test_one_pass_log_probs_in_blocks(block):
+    """Each completion token from the clean blocks before its own and what its own block has of the prompt."""
+    prompts = Prompts(jnp.array([[0, 0, 1], [2, 3, 4], [0, 5, 6]]), jnp.array([1, 3, 2], jnp.int32))
+    known = {"mask_id": MASK, "eos_id": 7, "pad_id": 0, "sampling": Sampling(max_tokens=4)}
+    order = Unmasking(block=block, order="random")
+    sampler = jax.jit(partial(diffusion.generate_in_blocks, tiny, unmasking=order, **known), compiler_options=QUICK)
+    completions = sampler(PARAMS, prompts, jax.random.key(0))
+    of = partial(diffusion.completion_log_probs, tiny, mask_id=MASK, block=block, prompt_masked=0.0)
+    log_probs, _ = jax.jit(of, compiler_options=QUICK)(PARAMS, completions, key=jax.random.key(0))
+    hidden = jax.jit(lambda tokens: tiny.apply(PARAMS, tokens, mask=Causal() | Chunked(block))[0])
+    for i, prompt in enumerate([[1], [2, 3, 4], [5, 6]]):
+        row = [*prompt, *completions.completions[i].tolist()]
+        for at in range(len(prompt), len(row)):
+            first = at // block * block
+            seen = [*row[:first], *(row[j] if j < len(prompt) else MASK for j in range(first, first + block))]
+            scores = np.asarray(logits(hidden(jnp.array([seen]))[0, at], tiny.unembedding(PARAMS)), np.float64)[:MASK]
+            alone = scores[row[at]] - np.log(np.exp(scores).sum())
+            np.testing.assert_allclose(log_probs[i, at - len(prompt)], alone, atol=1e-4)
+    if block == 1:  # exact: what the sampler said of its draws, up to their end
+        np.testing.assert_allclose(log_probs * completions.mask, completions.log_probs * completions.mask, atol=1e-4)

@@ -118,29 +118,28 @@ def test_dpo_compares_under_the_same_masks(folder, masked):
         recipes.train_dpo(dataclasses.replace(run, tokenizer="", packing=True, out=str(folder / "no")))
 
 
-def test_grpo_samples_by_filling_in(folder, masked):
+@pytest.mark.parametrize("kind", ["masked", "blocks"])
+def test_grpo_samples_by_filling_in(folder, kind, request):
     run = recipes.GRPORun(
         **SMALL | {"tokenizer": ""},
         steps=2,
         data=str(folder / "digits.jsonl"),
-        init=str(masked.folder),
-        out=str(folder / "grpo"),
+        init=str(request.getfixturevalue(kind).folder),
+        out=str(folder / f"grpo_{kind}"),
         grpo=GRPOConfig(prompts=4, group=4, sampling=Sampling(max_tokens=2)),
         unmasking=Unmasking(order="random"),
     )
     outcome = recipes.train_grpo(run)
-    assert runs.load_model(outcome.folder).mask_id == 14
+    model = runs.load_model(outcome.folder)
+    assert (model.mask_id, model.block) == (14, {"masked": None, "blocks": 1}[kind])
     for changes in ({"segment": 2}, {"tools": "calculator"}):
         with pytest.raises(ValueError, match="fills in masks, whole completions at a time"):
             recipes.train_grpo(dataclasses.replace(run, out=str(folder / "no"), **changes))
     assert not (folder / "no").exists()
 
 
-def test_what_does_not_go_together_is_refused(folder, masked, blocks):
+def test_what_does_not_go_together_is_refused(folder, masked):
     known = {"data": str(folder / "digits.jsonl"), "tokenizer": "", "out": str(folder / "no")}
-    grpo = recipes.GRPORun(init=str(blocks.folder), **known)
-    with pytest.raises(ValueError, match=r"blocks of 1, and diffu-GRPO's log-probs"):
-        recipes.train_grpo(grpo)
     with pytest.raises(ValueError, match="this training is of networks that write from left to right"):
         recipes.train_ppo(recipes.PPORun(init=str(masked.folder), **known))
     plain = partial(dataclasses.replace, SFT, model=recipes.ModelConfig(width=16, layers=1, heads=2, ffn=16))

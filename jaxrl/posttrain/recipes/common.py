@@ -294,9 +294,10 @@ def _model(transformer: TransformerConfig, mesh: Any, zero: int) -> LanguageMode
 def with_context(setup: Setup, length: int) -> Setup:
     """The setup with a model that takes rows of `length` tokens; its parameters do not depend on that.
 
-    Block diffusion reads a row twice at once, noisy and clean.
+    Block diffusion reads a row twice at once, noisy and clean, and may read its last block to the end.
     """
-    length *= 2 if setup.filling and setup.filling.block else 1
+    if setup.filling and setup.filling.block:
+        length = 2 * -(-length // setup.filling.block) * setup.filling.block
     if length <= setup.transformer.max_length:
         return setup
     transformer = dataclasses.replace(setup.transformer, max_length=length)
