@@ -9,6 +9,7 @@ No pass holds the logits of all tokens: the divergence goes over chunks of token
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -271,6 +272,7 @@ def make(
       constrain: puts a batch pytree onto the mesh (`parallel.shard_batch`); the identity on one device.
     """
     rows_of_step = config.prompts * config.group
+    descend = partial(update.descend, micro_batches=config.micro_batches, max_grad_norm=max_grad_norm)
 
     def init(key, params):
         return update.init_state(params, optimizer, key)
@@ -309,19 +311,11 @@ def make(
 
     def step(state, data: Data):
         batch, truncated = drawn(state, data)
-        value, watched, gradient = update.value_and_grad_of(
-            student,
-            lambda student, params, part: loss(config, student, params, teacher, data.teacher, part),
-            state.params,
-            batch,
-            key=state.key,
-            number=state.step,
-            micro_batches=config.micro_batches,
-        )
-        state, trained = update.apply_gradients(state, gradient, value, optimizer, max_grad_norm=max_grad_norm)
+        of = lambda student, params, part: loss(config, student, params, teacher, data.teacher, part)
+        state, metrics = descend(state, student, of, batch, optimizer)
         tokens = batch.loss_mask[:, 1:].sum()
         lengths = {"completion/length": tokens / rows_of_step, "completion/truncated": truncated}
-        metrics = {**watched, **trained, **lengths, "throughput/tokens": tokens}
+        metrics |= {**lengths, "throughput/tokens": tokens}
         return dataclasses.replace(state, step=state.step + 1), metrics
 
     return Distill(init, step)

@@ -190,6 +190,7 @@ def make(
             "sampler; leave out what is replaced"
         )
     check_routers(model)
+    descend = partial(update.descend, micro_batches=config.micro_batches, max_grad_norm=max_grad_norm)
     row = config.row
     reduction = reduce.by_name(row.reduction, length=config.sampling.max_tokens)
     updates = config.epochs * config.minibatches
@@ -273,28 +274,16 @@ def make(
             "reference": None if row.kl_in_reward else reference,
         }
 
-        def one(state, part, number: jax.Array | int = 0):
-            value, watched, gradient = update.value_and_grad_of(
-                model,
-                loss,
-                state.params,
-                part,
-                key=state.key,
-                number=state.step * updates + number,
-                micro_batches=config.micro_batches,
-            )
-            state, trained = update.apply_gradients(state, gradient, value, optimizer, max_grad_norm=max_grad_norm)
-            return state, {**watched, **trained}
+        def one(state, rows_and_place):
+            rows, place = rows_and_place
+            part = jax.tree.map(lambda x: x[rows], batch)
+            return descend(state, model, loss, part, optimizer, number=state.step * updates + place)
 
         if updates == 1:
-            state, metrics = one(state, batch)
+            state, metrics = descend(state, model, loss, batch, optimizer)
         else:
             order = _shuffles(_key(state, state.step, 1), config)
-            state, stacked = jax.lax.scan(
-                lambda state, now: one(state, jax.tree.map(lambda x: x[now[0]], batch), now[1]),
-                state,
-                (order, jnp.arange(updates)),
-            )
+            state, stacked = jax.lax.scan(one, state, (order, jnp.arange(updates)))
             metrics = {
                 name: values[-1] if name == "train/skipped" else values.mean() for name, values in stacked.items()
             }

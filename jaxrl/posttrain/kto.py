@@ -141,6 +141,7 @@ def make(
       max_grad_norm: global norm above which the gradient is scaled down; 0 leaves it.
       constrain: puts a batch pytree onto the mesh (`parallel.shard_batch`); the identity on one device.
     """
+    descend = partial(update.descend, micro_batches=config.micro_batches, max_grad_norm=max_grad_norm)
     sums_of = lambda params, part: responses(model, params, constrain(part))[0]
 
     def init(key, params):
@@ -178,22 +179,13 @@ def make(
             lambda part: sums_of(state.params, part), batch.mismatched, rows=config.batch // config.micro_batches
         )
         point = family.kto_reference_point(others - batch.mismatched_reference)
-        value, metrics, gradient = update.value_and_grad_of(
-            model,
-            partial(loss, point),
-            state.params,
-            batch,
-            key=state.key,
-            number=state.step,
-            micro_batches=config.micro_batches,
-        )
-        state, trained = update.apply_gradients(state, gradient, value, optimizer, max_grad_norm=max_grad_norm)
+        state, metrics = descend(state, model, partial(loss, point), batch, optimizer)
         metrics |= {
             "rewards/margins": metrics["rewards/chosen"] - metrics["rewards/rejected"],
             "rewards/reference_point": config.beta * point,
             "throughput/tokens": batch.labelled.examples.loss_mask[:, 1:].sum(),
         }
-        return dataclasses.replace(state, step=state.step + 1), {**metrics, **trained}
+        return dataclasses.replace(state, step=state.step + 1), metrics
 
     def rewards(params, data: KTOData):
         sums = in_parts(lambda part: sums_of(params, part), data.labelled.examples, rows=config.batch)

@@ -6,6 +6,7 @@ one program (`fused`); a judge in Python runs between two (`hosted`).
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -127,6 +128,7 @@ def make(
       ValueError: a model whose experts drop choices.
     """
     check_routers(model)
+    descend = partial(update.descend, micro_batches=config.micro_batches, max_grad_norm=max_grad_norm)
     row = config.row
     referenced = row.score == "log_ratio"
     copies = referenced and config.reference_every != 1
@@ -187,17 +189,7 @@ def make(
             batch["reference"] = in_parts(lambda part: sums_of(model, frozen, part)[0], flat, rows=size).reshape(-1, 2)
 
         def one(state, epoch):
-            value, watched, gradient = update.value_and_grad_of(
-                model,
-                loss,
-                state.params,
-                batch,
-                key=state.key,
-                number=state.step * config.epochs + epoch,
-                micro_batches=config.micro_batches,
-            )
-            state, trained = update.apply_gradients(state, gradient, value, optimizer, max_grad_norm=max_grad_norm)
-            return state, {**watched, **trained}
+            return descend(state, model, loss, batch, optimizer, number=state.step * config.epochs + epoch)
 
         state, stacked = jax.lax.scan(one, state, jnp.arange(config.epochs))
         metrics = {name: values[-1] for name, values in stacked.items()}

@@ -6,6 +6,7 @@ of the parameters lives through the run. Both responses of a pair go through one
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -260,6 +261,7 @@ def make(
         diffusion model are `partial(diffusion.responses, mask_id=...)`. With `reference_every` the reference is scored
         in each step under the same key as the policy (VRPO); else once, with a key of its own.
     """
+    descend = partial(update.descend, micro_batches=config.micro_batches, max_grad_norm=max_grad_norm)
     moves = config.reference_every > 0 and config.needs_reference
 
     def init(key, params):
@@ -287,16 +289,8 @@ def make(
             batch = reference(state.reference, batch.pairs, rows=parts, key=jax.random.clone(key))
         score = lambda *given: responses(*given, key=jax.random.clone(key))
         point = state.reward_mean if config.running_point else 0.0
-        value, metrics, gradient = update.value_and_grad_of(
-            model,
-            lambda model, params, part: loss(config, model, params, part, reference_point=point, responses=score)[:2],
-            state.params,
-            batch,
-            key=state.key,
-            number=state.step,
-            micro_batches=config.micro_batches,
-        )
-        state, trained = update.apply_gradients(state, gradient, value, optimizer, max_grad_norm=max_grad_norm)
+        of = lambda model, params, part: loss(config, model, params, part, reference_point=point, responses=score)[:2]
+        state, metrics = descend(state, model, of, batch, optimizer)
         changes: dict[str, Any] = {"step": state.step + 1}
         if config.running_point:
             mean = 0.5 * (metrics["rewards/chosen"] + metrics["rewards/rejected"])
@@ -308,7 +302,7 @@ def make(
             follow = lambda new, old: jnp.where(mix > 0, mix * new + (1.0 - mix) * old, old).astype(old.dtype)
             changes["reference"] = jax.tree.map(follow, state.params, state.reference)
         tokens = sum(side.loss_mask[:, 1:].sum() for side in (batch.pairs.chosen, batch.pairs.rejected))
-        return dataclasses.replace(state, **changes), {**metrics, **trained, "throughput/tokens": tokens}
+        return dataclasses.replace(state, **changes), {**metrics, "throughput/tokens": tokens}
 
     def margins(params, data: Referenced):
         score = lambda *given: responses(*given, key=jax.random.key(0))

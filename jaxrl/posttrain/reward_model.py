@@ -159,6 +159,8 @@ def make(
       constrain: puts a batch pytree onto the mesh (`parallel.shard_batch`); the identity on one device.
     """
 
+    descend = partial(update.descend, micro_batches=config.micro_batches, max_grad_norm=max_grad_norm)
+
     def init(key, params):
         return update.init_state(with_head(model, params), optimizer, key)
 
@@ -166,19 +168,10 @@ def make(
         examples = jax.tree.leaves(data)[0].shape[0]
         rows = update.epoch_batch(state.key, state.step, batch=config.batch, examples=examples)
         batch = constrain(jax.tree.map(lambda x: x[rows], data))
-        value, metrics, gradient = update.value_and_grad_of(
-            model,
-            partial(loss, config),
-            state.params,
-            batch,
-            key=state.key,
-            number=state.step,
-            micro_batches=config.micro_batches,
-        )
-        state, trained = update.apply_gradients(state, gradient, value, optimizer, max_grad_norm=max_grad_norm)
+        state, metrics = descend(state, model, partial(loss, config), batch, optimizer)
         sides = [batch.examples] if isinstance(batch, Steps) else [batch.chosen, batch.rejected]
         tokens = jnp.asarray(sum(side.tokens.size for side in sides), jnp.float32)
-        return dataclasses.replace(state, step=state.step + 1), {**metrics, **trained, "throughput/tokens": tokens}
+        return dataclasses.replace(state, step=state.step + 1), {**metrics, "throughput/tokens": tokens}
 
     return RM(init, step)
 

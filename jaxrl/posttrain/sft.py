@@ -158,6 +158,7 @@ def make(
             f"z_loss is {config.z_loss} and an objective of its own is given, which must add it: leave z_loss at 0"
         )
     objective = objective or partial(loss, z_loss=config.z_loss)
+    descend = partial(update.descend, micro_batches=config.micro_batches, max_grad_norm=max_grad_norm)
 
     def init(key, params):
         return update.init_state(params, optimizer, key)
@@ -166,17 +167,8 @@ def make(
         rows = update.epoch_batch(state.key, state.step, batch=config.batch, examples=data.tokens.shape[0])
         batch = constrain(jax.tree.map(lambda x: x[rows], data))
         key = jax.random.fold_in(jax.random.fold_in(state.key, PREPARED), state.step)
-        value, metrics, gradient = update.value_and_grad_of(
-            model,
-            objective,
-            state.params,
-            prepare(key, batch),
-            key=state.key,
-            number=state.step,
-            micro_batches=config.micro_batches,
-        )
-        state, trained = update.apply_gradients(state, gradient, value, optimizer, max_grad_norm=max_grad_norm)
+        state, metrics = descend(state, model, objective, prepare(key, batch), optimizer)
         tokens = batch.loss_mask[:, 1:].sum() if hasattr(batch, "loss_mask") else batch.tokens.size
-        return dataclasses.replace(state, step=state.step + 1), {**metrics, **trained, "throughput/tokens": tokens}
+        return dataclasses.replace(state, step=state.step + 1), {**metrics, "throughput/tokens": tokens}
 
     return SFT(init, step)

@@ -341,6 +341,40 @@ def apply_gradients(
     return state, metrics
 
 
+def descend(
+    state: TrainState,
+    model: LanguageModel | None,
+    loss: Callable,
+    batch,
+    optimizer: optax.GradientTransformation,
+    *,
+    max_grad_norm: float,
+    micro_batches: int = 1,
+    number: jax.Array | int | None = None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer update from one batch: `value_and_grad_of`, then `apply_gradients`.
+
+    Args:
+      state, optimizer, max_grad_norm: of `apply_gradients`.
+      model, loss, batch, micro_batches: of `value_and_grad_of`, whose params and key are the state's.
+      number: of the update in the run; None: the state's step, of which this is the only one.
+
+    Returns:
+      The state (its `step` untouched) and the metrics of both.
+    """
+    value, metrics, gradient = value_and_grad_of(
+        model,
+        loss,
+        state.params,
+        batch,
+        key=state.key,
+        number=state.step if number is None else number,
+        micro_batches=micro_batches,
+    )
+    state, trained = apply_gradients(state, gradient, value, optimizer, max_grad_norm=max_grad_norm)
+    return state, {**metrics, **trained}
+
+
 def reset_moments(opt_state, params, optimizer: optax.GradientTransformation):
     """The optimizer's state as at the start, but for its place in the learning-rate schedule."""
     schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)
