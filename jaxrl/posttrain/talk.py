@@ -123,12 +123,11 @@ def open_run(
     model = runs.load_model(folder)
     tokenizer, longest = model.tokenizer, model.transformer.max_length
     sampling = fitted(sampling, model)
+    plain = generator(model, sampling, samples=samples, unmasking=unmasking)
+    generate = lambda *given: (plain(*given), None)
     if drafter:
         small = runs.load_model(drafter)
         generate, longest = drafting(model, small, sampling, samples=samples, drafts=drafts)
-    else:
-        plain = generator(model, sampling, samples=samples, unmasking=unmasking)
-        generate = lambda *given: (plain(*given), None)
     room = longest - sampling.max_tokens
     encode = partial(
         encode_prompts,
