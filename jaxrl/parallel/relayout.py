@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+import jax.core
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -17,12 +18,13 @@ def relaid(tree: Any, places: Any) -> Any:
     device first.
 
     Args:
-      tree: arrays under `NamedSharding`s.
+      tree: arrays under `NamedSharding`s; or traced ones, of which only the shapes are wanted (`jax.eval_shape`).
       places: the `NamedSharding` of each. Other devices: the arrays are sent there.
     """
     leaves, structure = jax.tree.flatten(tree)
     targets = tuple(jax.tree.leaves(places))
-    if any(_devices(x.sharding) != _devices(at) for x, at in zip(leaves, targets, strict=True)):
+    here = lambda x, at: not isinstance(x, jax.core.Tracer) and _devices(x.sharding) == _devices(at)
+    if not all(here(x, at) for x, at in zip(leaves, targets, strict=True)):
         return jax.device_put(tree, places, may_alias=False)
     halfway = tuple(between(x.shape, x.sharding, at) for x, at in zip(leaves, targets, strict=True))
     return jax.tree.unflatten(structure, program(halfway, targets)(leaves))

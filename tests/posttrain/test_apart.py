@@ -131,6 +131,8 @@ def test_resumes_bitwise(tmp_path):
     *_, half = run.run(run.fresh(), 2)
     checkpoint.save(tmp_path, 2, half.state)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), run.fresh())
+    shapes = jax.eval_shape(run.begin, start(run.trainer), PROBLEMS)  # what a run on the command line restores into
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(shapes)] == [(x.shape, x.dtype) for x in jax.tree.leaves(like)]
     restored, _ = checkpoint.restore(tmp_path, like)
     *_, resumed = run.run(restored, 4)
     jax.tree.map(np.testing.assert_array_equal, resumed.state.params, whole.state.params)
