@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 import jax
-import jax.core
+from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -23,7 +23,7 @@ def relaid(tree: Any, places: Any) -> Any:
     """
     leaves, structure = jax.tree.flatten(tree)
     targets = tuple(jax.tree.leaves(places))
-    here = lambda x, at: not isinstance(x, jax.core.Tracer) and _devices(x.sharding) == _devices(at)
+    here = lambda x, at: not isinstance(x, Tracer) and _devices(x.sharding) == _devices(at)
     if not all(here(x, at) for x, at in zip(leaves, targets, strict=True)):
         return jax.device_put(tree, places, may_alias=False)
     halfway = tuple(between(x.shape, x.sharding, at) for x, at in zip(leaves, targets, strict=True))
