@@ -59,10 +59,12 @@ class Model(NamedTuple):
 def check_new(folder: str | Path) -> None:
     """Raises ValueError when the folder holds a run already."""
     path = Path(folder)
-    if (path / CONFIG).exists():
+    if is_run(path):
         raise ValueError(
             f"{path} holds a run already; continue it with --resume {path}, or choose another folder with --out"
         )
+    if (path / CONFIG).exists():
+        raise ValueError(f"{path} holds something else already, with a {CONFIG}; choose another folder with --out")
 
 
 def write_config(folder: Path, kind: str, options: Any) -> None:
@@ -77,15 +79,17 @@ def read_config(folder: str | Path) -> tuple[str, dict[str, Any]]:
       ValueError: when the folder holds no run.
     """
     path = Path(folder) / CONFIG
-    if not path.is_file():
-        raise ValueError(f"{folder} holds no run (no {CONFIG} in it); expected a folder such as runs/demo")
+    if not is_run(folder):
+        why = f"a {CONFIG} of something else" if path.is_file() else f"no {CONFIG}"
+        raise ValueError(f"{folder} holds no run ({why} in it); expected a folder such as runs/demo")
     saved = json.loads(path.read_text())
     return saved["kind"], saved["config"]
 
 
 def is_run(place: str | Path) -> bool:
-    """Whether a folder holds a run."""
-    return (Path(place) / CONFIG).is_file()
+    """Whether a folder holds a run; a published model has a `config.json`, too."""
+    path = Path(place) / CONFIG
+    return path.is_file() and {"kind", "config"} <= set(json.loads(path.read_text()))
 
 
 def write_model(
@@ -151,14 +155,15 @@ def check_model(folder: str | Path) -> None:
         )
 
 
-def load_model(folder: str | Path) -> Model:
+def load_model(folder: str | Path, *, rewards: bool = False) -> Model:
     """Opens the model of a run folder from its newest intact checkpoint, or a published model from elsewhere.
 
     Args:
       folder: a run folder, or what `jaxrl.pretrained.load_pretrained` takes.
+      rewards: whether it may be a reward model, whose parameters are {"model", "head"}.
 
     Raises:
-      ValueError: when the folder holds no model.
+      ValueError: when the folder holds no model, or one that gives rewards in the place of text.
       FileNotFoundError: when it has no intact checkpoint yet.
     """
     path = Path(folder)
@@ -176,6 +181,10 @@ def load_model(folder: str | Path) -> Model:
     model, params = language_model(transformer), state["params"]
     if "adapter" in saved:
         model, params = _with_base(path, saved["adapter"], model, params)
+    if set(params) == {"model", "head"} and not rewards:
+        raise ValueError(
+            f"{folder} holds a reward model, which writes no text; expected the folder of a language model"
+        )
     return Model(
         model,
         params,
@@ -245,6 +254,8 @@ def next_steps(folder: str | Path) -> str:
     path = Path(folder)
     kind, values = read_config(path)
     saved = json.loads((path / MODEL).read_text())
+    adapter = saved.get("adapter")
+    adapter = adapter and config.from_json(AdapterOptions, adapter["options"], source=str(path / MODEL))
     plot = path / "curves.png"
     lines = {"learning curves": str(plot) if plot.exists() else "none: pip install 'jaxrl[plot]' draws them"}
     if kind == "rm":
@@ -256,10 +267,10 @@ def next_steps(folder: str | Path) -> str:
         lines["evaluate it"] = f"jaxrl eval {path}" + ("" if answered else rewarded or " --data problems.jsonl")
         if saved["example"]:
             lines["sample from it"] = f"jaxrl generate {path} --prompt {shlex.quote(saved['example'])}"
-        if (saved.get("adapter") or {}).get("options", {}).get("kind") in ("lora", "dora"):
+        if adapter is not None and adapter.kind in ("lora", "dora"):
             lines["its adapter"] = f"jaxrl export {path} --adapter --out FOLDER"
     lines["train on"] = f"jaxrl train {kind} --resume {path} --steps {2 * values['steps']}"
-    if kind != "rm":
+    if kind != "rm" and (adapter is None or adapter.build().merges):  # pyright: ignore  (not kind none)
         lines["on your own data"] = f"jaxrl train grpo --init {path} --data problems.jsonl"
     return "\n".join(f"{what:<18}{command}" for what, command in lines.items())
 

@@ -1,6 +1,6 @@
 """What a Transformer is made of: sizes and choices of one network."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from jaxrl.kernels.attention import Pattern
@@ -152,6 +152,21 @@ class TransformerConfig:
             raise ValueError("share_layers with linear_layers: layers that share all parameters are all alike")
         if self.dense_layers > self.layers:
             raise ValueError(f"experts.first_dense is {self.dense_layers}, but there are {self.layers} layers")
+
+    def with_room(self, length: int) -> "TransformerConfig":
+        """The same network, with the same parameters, for rows of `length` tokens where it takes fewer.
+
+        Raises:
+          ValueError: longer than its table of learned positions.
+        """
+        if length <= self.max_length:
+            return self
+        if self.positions == "learned":
+            raise ValueError(
+                f"{length} tokens are longer than the network's table of {self.max_length} learned positions: shorten "
+                "prompts or examples, or ask for fewer new tokens (max-tokens)"
+            )
+        return replace(self, max_length=length)
 
     @property
     def head_size(self) -> int:

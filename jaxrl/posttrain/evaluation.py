@@ -1,6 +1,5 @@
 """Measuring a model, of a run or a published one: accuracy, pass@k, maj@k, length, and win rate against another."""
 
-import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -241,8 +240,8 @@ def _with_tools(
 ) -> Callable:
     """`(params, prompts, key) -> Rollout` in several turns, of a model that takes the caches these ask for."""
     functions, needed = model.language_model, talking.context(width, sampling.max_tokens)
-    if needed > model.transformer.max_length and "adapter" not in model.params:  # parameters do not depend on it
-        functions = language_model(dataclasses.replace(model.transformer, max_length=needed))
+    if needed > model.transformer.max_length and "adapter" not in model.params:
+        functions = language_model(model.transformer.with_room(needed))
     ends = task.stops(model.tokenizer)
     say = talking.make_talk(functions, model.tokenizer, tools, sampling=sampling, stop=ends, **options)
     return lambda params, prompts, key: say(params, jax.device_get(prompts), key).rollout

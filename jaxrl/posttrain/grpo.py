@@ -306,11 +306,10 @@ def make(
 
 def summary(completions: Rollout, rewards: jax.Array) -> dict[str, jax.Array]:
     """What an iteration's completions look like: rewards `[P, G]` (NaN: none given) and lengths."""
-    known = ~jnp.isnan(rewards)
     spread = jnp.nanstd(rewards, axis=1)
     return {
-        "reward/mean": jnp.where(known, rewards, 0.0).sum() / jnp.maximum(known.sum(), 1),
-        "reward/std": jnp.nan_to_num(spread).mean(),
+        "reward/mean": jnp.nanmean(rewards),
+        "reward/std": jnp.nanmean(spread),
         "reward/zero_std": (jnp.nan_to_num(spread) == 0).mean(),
         "completion/length": completions.lengths.mean(),
         "completion/truncated": (completions.finish == Finish.LENGTH).mean(),

@@ -1,6 +1,5 @@
 """A trained reward model as a Python reward, alone or where no rule can judge."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -35,7 +34,7 @@ def learned_reward(folder: str) -> Reward:
     def score(params, batch: TokenBatch):
         width, model = batch.tokens.shape[1], judge.language_model
         if width > judge.transformer.max_length:
-            model = language_model(dataclasses.replace(judge.transformer, max_length=width))
+            model = language_model(judge.transformer.with_room(width))
         return reward_model.score(model, params, batch)
 
     def learned(*, prompts, completions, completion_ids, finish_reasons, tools=None, **_) -> list[float]:

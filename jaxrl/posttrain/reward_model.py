@@ -246,7 +246,7 @@ def load(folder: str | Path) -> RewardModel:
       ValueError: no model in the folder, or a language model.
       FileNotFoundError: no intact checkpoint yet.
     """
-    saved = runs.load_model(folder)
+    saved = runs.load_model(folder, rewards=True)
     if set(saved.params) != {"model", "head"}:
         raise ValueError(
             f"{folder} holds a language model, which gives no rewards; expected the folder of `jaxrl train rm`"

@@ -82,7 +82,8 @@ def drafting(
         )
     if (model.mask_id, drafter.mask_id) != (None, None):
         raise ValueError("networks that fill in masks neither draft nor take drafts; leave out the drafter")
-    (large, longest), (small, longest_draft) = (_with_room(one, drafts) for one in (model, drafter))
+    room = model.transformer.max_length + drafts  # rejected drafts stand behind the text
+    (large, longest), (small, longest_draft) = (_with_room(one, room) for one in (model, drafter))
     ids = {"eos_id": model.tokenizer.eos_id, "pad_id": model.tokenizer.pad_id, "stop": task.stops(model.tokenizer)}
     how = {"drafter": small_drafter(small), "drafts": drafts, "sampling": sampling, "samples": samples}
 
@@ -90,16 +91,15 @@ def drafting(
     def generate(params, draft_params, prompts: Prompts, key):
         return speculative_rollout(large, params, prompts, key, draft_params=draft_params, **how, **ids)
 
-    return lambda params, *given: generate(params, drafter.params, *given), min(longest, longest_draft)
+    return lambda params, *given: generate(params, drafter.params, *given), min(longest, longest_draft) - drafts
 
 
-def _with_room(model: runs.Model, drafts: int) -> tuple[LanguageModel, int]:
-    """A model's functions for `speculative_rollout`, and the longest text: rejected drafts stand behind it."""
+def _with_room(model: runs.Model, length: int) -> tuple[LanguageModel, int]:
+    """A model's functions for `speculative_rollout` with room for so many tokens, and the room they have."""
     transformer = model.transformer
     if transformer.positions == "learned" or "adapter" in model.params:
-        return model.language_model, transformer.max_length - drafts
-    wider = dataclasses.replace(transformer, max_length=transformer.max_length + drafts)
-    return language_model(wider, experts=over_rows(experts)), transformer.max_length
+        return model.language_model, transformer.max_length
+    return language_model(transformer.with_room(length), experts=over_rows(experts)), length
 
 
 def open_run(
@@ -128,6 +128,7 @@ def open_run(
     if drafter:
         small = runs.load_model(drafter)
         generate, longest = drafting(model, small, sampling, samples=samples, drafts=drafts)
+    owner = "the context" + (f" with the drafter's {drafts} tokens a pass" if drafter else "")
     room = longest - sampling.max_tokens
     encode = partial(
         encode_prompts,
@@ -140,9 +141,10 @@ def open_run(
         tokens, lengths = encode([{"prompt": prompt}])
         width = tokens.shape[1]
         if width > room:
+            most = f"lower --max-tokens to {longest - width}" if width < longest else "shorten the prompt"
             raise ValueError(
-                f"the prompt has {width} tokens and {sampling.max_tokens} new ones are asked for; the context of "
-                f"{longest} leaves room for {max(room, 0)}. Shorten it or lower --max-tokens"
+                f"the prompt has {width} tokens and {sampling.max_tokens} new ones are asked for, "
+                f"{width + sampling.max_tokens} in all; {owner} holds {longest}: {most}"
             )
         check_ids(tokens[0].tolist(), model.transformer.vocab_size)
         padding = min(1 << (width - 1).bit_length(), room) - width

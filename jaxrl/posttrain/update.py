@@ -47,6 +47,13 @@ class OptimizerConfig:
     router_bias_rate: float = 1e-3
     """What a router's bias moves by in an update: up for experts with less than the mean load, down for the others."""
 
+    def __post_init__(self):
+        if self.learning_rate < 0 or self.warmup_steps < 0 or self.weight_decay < 0:
+            raise ValueError(
+                f"learning_rate is {self.learning_rate}, warmup_steps {self.warmup_steps} and weight_decay "
+                f"{self.weight_decay}; expected at least 0"
+            )
+
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
     """The schedule of a config: update count -> learning rate."""

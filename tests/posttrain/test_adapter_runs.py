@@ -142,6 +142,7 @@ def test_the_opened_model_says_what_it_said_in_training(kind, folder, outcomes, 
     speaker = talk.open_run(str(outcome.folder), sampling=Sampling(temperature=0.0, max_tokens=3))
     prompt = result.completions.problems[0]["prompt"]
     assert speaker.complete(prompt)[0].text == result.completions.texts[0][0] != ""
+    assert ("train grpo --init" in runs.next_steps(outcome.folder)) == (kind == "lora")  # what merges is a base
 
 
 def test_a_reward_model_opens_merged_and_scores(folder, outcomes):

@@ -89,7 +89,9 @@ def test_reward_model_gives_reward_and_critic_and_resumes(folder, tmp_path):
     resumed = train_ppo(dataclasses.replace(part, steps=3), resume=True)
     numbers = lambda state: [state.params, state.opt_state, state.critic.params, state.scores, state.skipped]
     jax.tree.map(np.testing.assert_array_equal, numbers(resumed.state), numbers(whole.state))
-    judge = runs.load_model(folder / "judge").params
+    with pytest.raises(ValueError, match="holds a reward model, which writes no text"):
+        runs.load_model(folder / "judge")
+    judge = runs.load_model(folder / "judge", rewards=True).params
     jax.tree.map(np.testing.assert_array_equal, whole.state.critic.params, judge)  # its learning rate is 0
     rows = [row for row in metrics.read(whole.folder / runs.METRICS) if "reward/mean" in row]
     assert len(rows) == 3 and all(row["ptx/loss"] > 0 for row in rows)

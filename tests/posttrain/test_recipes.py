@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl import checkpoint, metrics, runs
+from jaxrl import checkpoint, cli, metrics, pretrained, runs
 from jaxrl.display import Display
 from jaxrl.posttrain import evaluation, recipes, talk, task
 from jaxrl.posttrain.grpo import GRPOConfig
@@ -154,6 +154,47 @@ def test_rewards_that_are_never_given_end_in_a_summary(warm, digits, tmp_path):
     run = dataclasses.replace(GRPO, data=digits["data"], init=str(warm.folder), steps=2, reward=str(reward))
     outcome = recipes.train_grpo(dataclasses.replace(run, out=str(tmp_path / "run")))
     assert outcome.summary["reward_after"] is None and checkpoint.steps(outcome.folder / "checkpoints") == [2]
+    rows = [row for row in metrics.read(outcome.folder / "metrics.jsonl") if "reward/mean" in row]
+    assert [row["reward/mean"] for row in rows] == [None, None]  # not 0, which would be a verdict
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": recipes.ModelConfig(width=32, layers=1, heads=2, ffn=16)}, "does not fit this configuration"),
+        ({"optimizer": OptimizerConfig(kind="muon")}, "does not fit this configuration"),
+        ({"tokenizer": "byte"}, "does not fit this configuration"),
+        ({"steps": 10}, "is at step 20 and steps is 10; expected at least 20"),
+    ],
+)
+def test_a_resume_that_is_refused_changes_nothing(changes, message, warm, digits):
+    files = {path: path.read_bytes() for path in warm.folder.glob("*.json*")}
+    run = dataclasses.replace(SFT, **{**digits, "eval_every": 10, "out": str(warm.folder), **changes})
+    with pytest.raises(ValueError, match=message):
+        recipes.train_sft(run, resume=True)
+    assert files == {path: path.read_bytes() for path in warm.folder.glob("*.json*")} and len(files) == 4
+
+
+def test_a_published_folder_is_no_run(warm, digits, tmp_path):
+    """It has a config.json, too."""
+    pretrained.save_pretrained(runs.load_model(warm.folder), tmp_path / "published")
+    assert not runs.is_run(tmp_path / "published") and runs.is_run(warm.folder)
+    with pytest.raises(ValueError, match="holds no run \\(a config.json of something else in it\\)"):
+        runs.read_config(tmp_path / "published")
+    with pytest.raises(ValueError, match="holds something else already"):
+        recipes.train_sft(dataclasses.replace(SFT, **digits, out=str(tmp_path / "published")))
+    cli.main(["eval", str(tmp_path / "published"), "--data", digits["data"], "--max-tokens", "4"])
+
+
+def test_learned_positions_are_not_stretched(digits, tmp_path):
+    like = recipes.ModelConfig(like="gpt2", width=16, layers=1, heads=2, ffn=16)
+    first = dataclasses.replace(SFT, **digits, model=like, steps=2, eval_every=0, out=str(tmp_path / "gpt2"))
+    recipes.train_sft(first)
+    run = dataclasses.replace(GRPO, data=digits["data"], init=first.out, out=str(tmp_path / "no"))
+    longer = dataclasses.replace(run.grpo, sampling=Sampling(max_tokens=9))
+    with pytest.raises(ValueError, match="longer than the network's table of 8 learned positions"):
+        recipes.train_grpo(dataclasses.replace(run, grpo=longer))
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_run_killed_before_its_model_was_described_resumes(warm, digits, tmp_path):
@@ -210,6 +251,17 @@ def test_what_cannot_work_is_refused_before_anything_is_written(change, message,
     with pytest.raises(ValueError, match=message):
         recipes.train_grpo(run)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [(recipes.SFTRun, {"steps": 0}), (recipes.GRPORun, {"chunk": 0}), (recipes.DPORun, {"held_out": -1}),
+     (OptimizerConfig, {"learning_rate": -1e-3})],
+)  # fmt: skip
+def test_numbers_that_cannot_be_are_refused_at_once(kind, change):
+    ((name, value),) = change.items()
+    with pytest.raises(ValueError, match=f"{name} is {value}.*expected at least"):
+        kind(**change)
 
 
 def test_a_batch_larger_than_the_data_is_refused_before_anything_is_written(digits, tmp_path):

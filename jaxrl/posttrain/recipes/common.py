@@ -121,6 +121,12 @@ class RunOptions:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: update.OptimizerConfig = dataclasses.field(default_factory=update.OptimizerConfig)
 
+    def __post_init__(self):
+        least = dict.fromkeys(("steps", "chunk", "keep", "patience"), 1)
+        for name, number in (least | dict.fromkeys(("held_out", "eval_every", "save_every"), 0)).items():
+            if getattr(self, name) < number:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {number}")
+
 
 class Outcome(NamedTuple):
     """What a run made: its folder, what `summary.json` holds, and the final train state (`Over` with an adapter)."""
@@ -242,8 +248,7 @@ def prepare(
     else:
         given = {name: getattr(run.model, name) for name in ("dtype", "remat")}
         changes = {name: value for name, value in given.items() if value != getattr(ModelConfig, name)}
-        length = max(longest, start.transformer.max_length)
-        transformer = dataclasses.replace(start.transformer, max_length=length, **changes)
+        transformer = dataclasses.replace(start.transformer, **changes).with_room(longest)
         if run.tokenizer and not same_tokens(work.tokenizer, start.tokenizer):
             raise ValueError(
                 f"--tokenizer {run.tokenizer} is not that of the model of {run.init}, whose ids mean something else; "
@@ -292,7 +297,7 @@ def _model(transformer: TransformerConfig, mesh: Any, zero: int) -> LanguageMode
 
 
 def with_context(setup: Setup, length: int) -> Setup:
-    """The setup with a model that takes rows of `length` tokens; its parameters do not depend on that.
+    """The setup with a model that takes rows of `length` tokens; errors of `TransformerConfig.with_room`.
 
     Block diffusion reads a row twice at once, noisy and clean, and may read its last block to the end.
     """
@@ -300,7 +305,7 @@ def with_context(setup: Setup, length: int) -> Setup:
         length = 2 * -(-length // setup.filling.block) * setup.filling.block
     if length <= setup.transformer.max_length:
         return setup
-    transformer = dataclasses.replace(setup.transformer, max_length=length)
+    transformer = setup.transformer.with_room(length)
     return setup._replace(transformer=transformer, base=_model(transformer, setup.mesh, setup.zero))
 
 

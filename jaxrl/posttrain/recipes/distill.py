@@ -59,8 +59,7 @@ def train_distill(run: DistillRun, *, resume: bool = False, display: Display | N
     if run.examples:
         examples = task.examples_of(task.load_records(run.examples, columns=()), tokenizer)
         setup = with_context(setup, examples.tokens.shape[1])
-    context = max(teacher.transformer.max_length, setup.transformer.max_length)
-    judge = language_model(dataclasses.replace(teacher.transformer, max_length=context))
+    judge = language_model(teacher.transformer.with_room(setup.transformer.max_length))
     speaks = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
     rows = run.distill.prompts * run.distill.group // run.distill.micro_batches
     recipe = setup.recipe(run, partial(distill.make, run.distill, teacher=judge, **speaks), rows=rows)

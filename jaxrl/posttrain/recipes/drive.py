@@ -53,11 +53,16 @@ def drive(
     if jit:
         jax.eval_shape(step, shapes, data)  # what does not fit together is found before anything is written
     _check_processes(run, data, alone=alone)
-    written = processes.on_main(partial(_begin, folder, kind, run, setup, max_tokens=max_tokens, resume=resume))
+    seen = lambda there: processes.same(
+        f"run folder {folder}, or none (all must see it)", _seen(folder / runs.CONFIG, there)
+    )
+    seen(processes.on_main(partial(_check_folder, folder, setup, resume=resume)))
+    state, done = _initial_state(folder, init, key, setup, begin and partial(begin, problems=data))
+    if done > run.steps:
+        raise ValueError(f"{folder} is at step {done} and steps is {run.steps}; expected at least {done}")
+    seen(processes.on_main(partial(_write_folder, folder, kind, run, setup, max_tokens=max_tokens)))
     if setup.mesh is not None:
         processes.on_main(lambda: (folder / runs.SHARDING).write_text(setup.report(shapes) + "\n"))
-    processes.same(f"run folder {folder}, or none (all must see it)", _seen(folder / runs.CONFIG, written))
-    state, done = _initial_state(folder, init, key, setup, begin and partial(begin, problems=data))
     if setup.mesh is not None and jit:
         data = processes.everywhere(data, NamedSharding(setup.mesh, PartitionSpec()))
     log = metrics.MetricsLog(folder / runs.METRICS, after_step=done or -1) if processes.is_main() else None
@@ -192,14 +197,19 @@ def _check_processes(run: RunOptions, data: Any, *, alone: str) -> None:
     processes.same("options, data or versions", zlib.crc32(f"{said} {sums}".encode()))
 
 
-def _begin(folder: Path, kind: str, run: RunOptions, setup: Setup, *, max_tokens: int, resume: bool) -> int:
-    """Checks the run folder and writes what makes it one; the checksum of its config."""
-    if resume:
-        runs.read_config(folder)
-        runs.check_origin(folder, setup.origin)
-    else:
+def _check_folder(folder: Path, setup: Setup, *, resume: bool) -> int:
+    """Whether the folder can serve; the checksum of its config, 0 of a new one."""
+    if not resume:
         runs.check_new(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        return 0
+    runs.read_config(folder)
+    runs.check_origin(folder, setup.origin)
+    return zlib.crc32((folder / runs.CONFIG).read_bytes())
+
+
+def _write_folder(folder: Path, kind: str, run: RunOptions, setup: Setup, *, max_tokens: int) -> int:
+    """Writes what makes the folder a run; the checksum of its config."""
+    folder.mkdir(parents=True, exist_ok=True)
     example = setup.task.held_out[0].get("prompt", "")
     runs.write_model(
         folder,

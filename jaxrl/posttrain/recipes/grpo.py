@@ -77,6 +77,7 @@ class GRPORun(RunOptions):
     unmasking: Unmasking = dataclasses.field(default_factory=Unmasking)
 
     def __post_init__(self):
+        super().__post_init__()
         if self.tool_form not in tools.FORMS:
             raise ValueError(f"tool_form is {self.tool_form!r}; expected one of {', '.join(tools.FORMS)}")
         if self.lag and not self.sampler_mesh:

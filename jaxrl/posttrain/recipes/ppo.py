@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 
+from jaxrl.data.tokenizer import same_tokens
 from jaxrl.display import Display
 from jaxrl.nets.language_model import language_model
 from jaxrl.posttrain import ppo, reward_model, rewards, task, update
@@ -121,14 +122,12 @@ def open_reward_model(folder: str, setup: Setup) -> reward_model.RewardModel:
       ValueError: no reward model there, or one with another tokenizer.
     """
     judge = reward_model.load(folder)
-    what = lambda tokenizer: {k: v for k, v in tokenizer.to_json().items() if k != "file"} | {"": tokenizer.vocab_size}
-    if what(judge.tokenizer) != what(setup.task.tokenizer):
+    if not same_tokens(judge.tokenizer, setup.task.tokenizer):
         raise ValueError(
             f"the reward model of {folder} has another tokenizer than the policy, whose ids mean something "
             "else to it; train both from one model, or with one --tokenizer"
         )
-    longest = max(judge.transformer.max_length, setup.transformer.max_length)
-    transformer = dataclasses.replace(judge.transformer, max_length=longest)
+    transformer = judge.transformer.with_room(setup.transformer.max_length)
     return judge._replace(transformer=transformer, language_model=language_model(transformer))
 
 

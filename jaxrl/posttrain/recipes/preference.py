@@ -45,6 +45,7 @@ class DPORun(RunOptions):
     unmasking: Unmasking = dataclasses.field(default_factory=Unmasking)
 
     def __post_init__(self):
+        super().__post_init__()
         if self.width and not self.packing:
             raise ValueError(f"width is {self.width}, that of packed rows; add --packing or leave it out")
         if self.packing and self.dpo.whole_batch:
