@@ -214,7 +214,7 @@ def make(
 
         def some(state):
             state, metrics = plain.learn(state, whole, jnp.where(each, rewards, jnp.nan), rows)
-            for name in ("completion/length", "completion/truncated", "reward/std"):
+            for name in ("completion/length", "completion/truncated"):
                 metrics[name] = metrics[name] / share
             metrics["reward/zero_std"] = (metrics["reward/zero_std"] - (1 - share)) / share
             return state, metrics

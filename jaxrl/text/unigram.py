@@ -316,10 +316,11 @@ def losses(spelt: Sequence[Lattice], scores: np.ndarray, counts: np.ndarray) -> 
         rows, n = np.arange(len(group.rows)), counts[group.rows]
         others = group.pieces.copy()
         others[rows, group.lengths, group.lengths - 1] = -1
-        parts = _best_ways(others, group.lengths, scores)
+        parts = _best_ways(others, group.lengths, scores)[:, ::-1]
         with np.errstate(divide="ignore", invalid="ignore"):
             gained = np.log(counts[parts] + n[:, None]) - np.log(total + n * (len(scores) - 1))[:, None]
-            lost = n * (np.log(n) - np.log(total) - np.where(parts >= 0, gained, 0.0).sum(1))
+            gained = np.cumsum(np.where(parts >= 0, gained, 0.0), axis=1)[:, -1]  # in order: equal losses stay equal
+            lost = n * (np.log(n) - np.log(total) - gained)
         found[group.rows] = np.where(group.lengths > 1, np.where(n > 0, lost, -np.inf), np.inf)
     return found
 
