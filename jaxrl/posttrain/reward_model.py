@@ -158,7 +158,6 @@ def make(
       max_grad_norm: global norm above which the gradient is scaled down; 0 leaves it.
       constrain: puts a batch pytree onto the mesh (`parallel.shard_batch`); the identity on one device.
     """
-
     descend = partial(update.descend, micro_batches=config.micro_batches, max_grad_norm=max_grad_norm)
 
     def init(key, params):
